@@ -1,0 +1,60 @@
+# Every target sets up what it needs in .venv. `make venv PYTHON=/path/to/python3.11` chooses the interpreter.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := $(VENV)/.demo
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PYTEST_ARGS ?=
+
+.PHONY: help venv test check lint format demo bench clean distclean
+
+help:
+	@echo "make demo       convert, verify and run a real trained model"
+	@echo "make test       the whole test suite"
+	@echo "make check      lint, format check and the quick tests"
+	@echo "make format     rewrite the code in the project's layout"
+	@echo "make bench      the benchmarks"
+	@echo "make venv       only the environment in .venv"
+	@echo "make clean      remove what was built; make distclean also removes .venv"
+
+venv: $(STAMP)
+
+# Re-runs when a version changes. It adds to a .venv that exists and never removes one.
+$(STAMP): setup.py pyproject.toml aquila_pd/versions.py requirements/tested.txt
+	@echo "Installing the tested packages into $(VENV): about 3 GB and a few minutes the first time."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -c requirements/tested.txt -e ".[cpu,test,bench,dev]"
+	@touch $@
+	@echo "Installed: $$($(BIN)/python -V), $$($(BIN)/python -m pip list 2>/dev/null | tail -n +3 | wc -l) packages."
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+$(DEMO): requirements/demo.txt $(STAMP)
+	@$(PIP) --no-deps -r requirements/demo.txt
+	@touch $@
+
+demo: $(DEMO)
+	@$(BIN)/python examples/demo.py
+
+bench: $(DEMO)
+	@$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

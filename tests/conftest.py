@@ -1,0 +1,69 @@
+"""What every test stands on: shared data, a fixed environment, fixed seeds, and no network."""
+
+import os
+import random
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parent.parent / "shared"  # facts, goldens and tokenizer files, beside the project folder
+SEED = 20231121
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+sys.path[:0] = [folder for folder in (str(TESTS.parent), str(TESTS)) if folder not in sys.path]
+
+# Before numpy, torch or paddle: they read these once. One thread: the models are tiny, and OpenMP threads that wait
+# for each other on a busy machine are several times slower than one.
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "GLOG_minloglevel": "2",
+}.items():
+    os.environ.setdefault(name, value)
+
+from aquila_pd.processor import prefer_avx2_kernels  # noqa: E402  the environment above comes first
+
+prefer_avx2_kernels()
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The shared data folder; the test is skipped, and says so, when it is not there."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder of shared data (goldens, tokenizer, templates) at {SHARED}: this test did not run")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    """Every test starts from the same random state in each library that is loaded; a test that needs none pays none."""
+    random.seed(SEED)
+    loaded = sys.modules
+    if "numpy" in loaded:
+        loaded["numpy"].random.seed(SEED)
+    if hasattr(loaded.get("torch"), "manual_seed"):
+        loaded["torch"].manual_seed(SEED)
+    if hasattr(loaded.get("paddle"), "seed"):
+        loaded["paddle"].seed(SEED)
+    if "paddlenlp.utils.log" in loaded:
+        loaded["paddlenlp.utils.log"].logger.set_level("WARNING")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to another machine fails at once, with the reason; this machine and Unix sockets stay open."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
+            raise OSError(f"tests stay off the network; something asked for {address[0]}:{address[1]}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
