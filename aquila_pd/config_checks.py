@@ -1,0 +1,92 @@
+"""The checks every config passes, whether it comes from a source's config.json or is built in Python.
+
+Sizes and the rotary scaling only. Which keys a file may carry is the business of the families.
+"""
+
+from .errors import ConfigError, report
+
+ROPE_TYPES = ("linear", "dynamic")
+UNSCALED = "default"  # transformers' spelling of "no scaling"
+ROPE_KEYS = {"type", "rope_type", "factor"}
+
+
+def rope_scaling(value: object) -> dict | None:
+    """rope_scaling of a config.json as {"type": "linear" | "dynamic", "factor": float}, or None when nothing is scaled.
+
+    Reads both spellings of the type ("type", and "rope_type" of newer files). Raises ConfigError.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise _bad_scaling(value, ["it is not a mapping"])
+    kinds = {value[key] for key in ("type", "rope_type") if isinstance(value.get(key), str)}
+    findings = [f"unknown key {key!r} = {value[key]!r}" for key in sorted(set(value) - ROPE_KEYS, key=str)]
+    if not kinds:
+        findings.append("it names no type")
+    if len(kinds) > 1:
+        findings.append(f"type and rope_type differ: {sorted(kinds)}")
+    findings += [f"unknown type {kind!r}" for kind in sorted(kinds - {*ROPE_TYPES, UNSCALED})]
+    factor = value.get("factor", 1.0 if kinds == {UNSCALED} else None)
+    if not _is_number(factor) or not 1.0 <= factor < float("inf"):
+        findings.append(f"factor is {factor!r}, not a finite number of at least 1")
+    if findings:
+        raise _bad_scaling(value, findings)
+    (kind,) = kinds
+    return None if kind == UNSCALED else {"type": kind, "factor": float(factor)}
+
+
+def sizes(hidden_size: int, num_attention_heads: int, num_key_value_heads: int, **others: object) -> None:
+    """Raise ConfigError with every size that is not a positive whole number or does not divide as it must.
+
+    others: any further counts by their config name (vocab_size, intermediate_size, num_hidden_layers, ...).
+    """
+    named = {
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        **others,
+    }
+    findings = [
+        f"{name} is {value!r}, not a positive whole number"
+        for name, value in named.items()
+        if not _is_whole(value) or value < 1
+    ]
+    if not findings:
+        findings = _indivisible(hidden_size, num_attention_heads, num_key_value_heads)
+    if findings:
+        raise ConfigError(
+            report(
+                "The sizes of the config do not make a model:",
+                findings,
+                "Compare config.json with the one published beside the weights.",
+            )
+        )
+
+
+def _indivisible(d: int, heads: int, kv_heads: int) -> list[str]:
+    findings = []
+    if d % heads:
+        findings.append(f"hidden_size {d} does not divide into {heads} attention heads (num_attention_heads)")
+    elif (d // heads) % 2:
+        findings.append(f"the head size {d} / {heads} = {d // heads} is odd; rotary embedding turns pairs")
+    if heads % kv_heads:
+        findings.append(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly (num_key_value_heads)")
+    return findings
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _bad_scaling(value: object, findings: list[str]) -> ConfigError:
+    return ConfigError(
+        report(
+            f"rope_scaling {value!r} cannot be used:",
+            findings,
+            f'Known are null, {{"type": "linear", "factor": 8.0}} and the same with one of: {", ".join(ROPE_TYPES)}.',
+        )
+    )

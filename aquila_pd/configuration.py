@@ -1,0 +1,134 @@
+"""AquilaConfig: the sizes and constants of one model, as PaddleNLP reads and writes them in config.json.
+
+Hugging Face's config.json and ours read alike. Families with other spellings are translated by the converter.
+"""
+
+from paddlenlp.transformers import PretrainedConfig
+
+from .config_checks import rope_scaling as checked_rope_scaling
+from .config_checks import sizes as check_sizes
+from .errors import ConfigError
+from .weight_map import Dims
+
+# Published sizes: hidden, intermediate, layers, heads, key/value heads, max positions.
+NAMED_SIZES = {
+    "7b": (4096, 11008, 32, 32, 32, 2048),
+    "34b": (6144, 24576, 60, 48, 8, 4096),
+    "70b": (8192, 28672, 80, 64, 8, 4096),
+}
+
+
+class AquilaConfig(PretrainedConfig):
+    """Configuration of an Aquila2 decoder.
+
+    Args:
+        vocab_size: rows of the embedding and columns of the head.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: D, ff, layers, N.
+        num_key_value_heads: K; None means one per query head.
+        max_position_embeddings: trained context length in tokens; dynamic NTK scaling starts beyond it.
+        rms_norm_eps: epsilon inside the root of RMSNorm. Aquila's checkpoints use 1e-5; the default is upstream's.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None, or {"type": "linear" | "dynamic", "factor": float >= 1}.
+        initializer_range: standard deviation of random weights.
+        pad_token_id: its embedding row is used but gets no gradient from the embedding; None means no such row.
+
+    The defaults are the upstream config class's, which no published checkpoint has: read config.json.
+
+    Raises:
+        ConfigError: sizes that do not fit each other, an unknown activation or rope_scaling.
+    """
+
+    model_type = "aquila"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 100008,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        rope_scaling: dict | None = None,
+        use_cache: bool = True,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        tie_word_embeddings: bool = False,
+        **kwargs,
+    ):
+        if hidden_act != "silu":
+            raise ConfigError(f'hidden_act is "{hidden_act}"; the Aquila family knows only "silu".')
+        if num_key_value_heads is None:
+            num_key_value_heads = num_attention_heads
+        check_sizes(
+            hidden_size,
+            num_attention_heads,
+            num_key_value_heads,
+            vocab_size=vocab_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            max_position_embeddings=max_position_embeddings,
+        )
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.rope_scaling = checked_rope_scaling(rope_scaling)
+        super().__init__(
+            use_cache=use_cache,
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    @classmethod
+    def named(cls, size: str, **changes) -> "AquilaConfig":
+        """The configuration of a published size, "7b", "34b" or "70b", with any field changed by keyword."""
+        if size not in NAMED_SIZES:
+            raise ConfigError(f"No size is named {size!r}. Known: {', '.join(NAMED_SIZES)}.")
+        hidden, intermediate, layers, heads, kv_heads, positions = NAMED_SIZES[size]
+        fields = dict(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=positions,
+            rms_norm_eps=1e-5,
+            bos_token_id=100006,
+            eos_token_id=100007,
+        )
+        return cls(**{**fields, **changes})
+
+    @property
+    def head_dim(self) -> int:
+        """H, the size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def dims(self) -> Dims:
+        """The sizes the weight table is made of."""
+        return Dims(
+            vocab=self.vocab_size,
+            d=self.hidden_size,
+            q=self.num_attention_heads * self.head_dim,
+            kv=self.num_key_value_heads * self.head_dim,
+            ff=self.intermediate_size,
+            layers=self.num_hidden_layers,
+            tied=self.tie_word_embeddings,
+        )

@@ -1,0 +1,372 @@
+"""Each operation of the decoder as a plain and a fused twin of one signature, and the choice between them.
+
+The plain twin is the definition. The fused one is taken only where a probe on the device at hand, forward and
+backward, gives the plain twin's numbers; otherwise the reason is kept and `aquila-pd doctor` prints it. A model
+asks once, when it is built (`select`), and a checkpoint looks the same whichever twin was chosen.
+
+Letters in shapes: B batch, T query length, S key length, D hidden, N query heads, K key/value heads, H head size.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+# --------------------------------------------------------------------------------------------- the twins
+
+
+def rms_norm(x, weight, eps: float):
+    """x [..., D], weight [D] -> [..., D] in x's dtype.
+
+    Aquila's order: variance, scaling and weight in fp32, one cast at the end. LLaMA casts before the weight,
+    which changes about a quarter of all half-precision values by one unit in the last place.
+    """
+    h = x.astype("float32")
+    # h * h and not pow(2): Paddle's CPU pow is seven times slower
+    h = h * paddle.rsqrt((h * h).mean(axis=-1, keepdim=True) + eps)
+    return (h * weight.astype("float32")).astype(x.dtype)
+
+
+def fused_rms_norm(x, weight, eps: float):
+    """`rms_norm` in one kernel."""
+    from paddle.incubate.nn.functional import fused_rms_norm as kernel
+
+    return kernel(x, weight, None, eps, begin_norm_axis=x.ndim - 1)[0]
+
+
+def rope(q, k, cos, sin):
+    """Rotate q [B, T, N, H] and k [B, T, K, H] by the angles of cos, sin [B, T, 1, H], halves paired (i, i + H/2)."""
+    return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+
+
+def _rotate_half(x):
+    first, second = x.chunk(2, axis=-1)
+    return paddle.concat([-second, first], axis=-1)
+
+
+def fused_rope(q, k, cos, sin):
+    """`rope` in one kernel for each of q and k. The kernel wants one row of angles, so B and T become one axis."""
+    from paddle.incubate.nn.functional import fused_rotary_position_embedding as kernel
+
+    B, T, _, H = cos.shape
+    flat_cos, flat_sin = cos.reshape([1, B * T, 1, H]), sin.reshape([1, B * T, 1, H])
+
+    def rotate(x):
+        flat = x.reshape([1, B * T, x.shape[2], H])
+        turned = kernel(flat, None, None, sin=flat_sin, cos=flat_cos, use_neox_rotary_style=False)[0]
+        return turned.reshape(x.shape)
+
+    return rotate(q), rotate(k)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, both [..., ff]."""
+    return F.silu(gate) * up
+
+
+def fused_swiglu(gate, up):
+    """`swiglu` in one kernel."""
+    return F.swiglu(gate, up)
+
+
+def attention(q, k, v, mask):
+    """Grouped-query attention without repeating a key or value.
+
+    q [B, T, N, H]; k, v [B, K, S, H], the cache's layout; mask boolean [B or 1, 1, T, S], True where a query may
+    look, or None when every query may look everywhere. Returns [B, T, N, H]. Softmax is in fp32.
+    """
+    y, _ = attention_with_weights(q, k, v, mask)
+    return y
+
+
+def attention_with_weights(q, k, v, mask):
+    """`attention`, and the attention weights [B, N, T, S] beside it."""
+    B, T, N, H = q.shape
+    K, S = k.shape[1], k.shape[2]
+    G = N // K  # query heads that share a key head; they are neighbours
+    q = q.reshape([B, T, K, G, H]).transpose([0, 2, 3, 1, 4])  # [B, K, G, T, H]
+    scores = paddle.matmul(q.reshape([B, K, G * T, H]), k, transpose_y=True) * (H**-0.5)  # [B, K, G*T, S]
+    scores = scores.reshape([B, N, T, S]).astype("float32")
+    if mask is not None:
+        # The lowest finite number and not -inf: a row with nothing to see gives a flat row, never NaN.
+        scores = paddle.where(mask, scores, paddle.full([], paddle.finfo(paddle.float32).min))
+    weights = F.softmax(scores, axis=-1).astype(v.dtype)
+    y = paddle.matmul(weights.reshape([B, K, G * T, S]), v)  # [B, K, G*T, H]
+    y = y.reshape([B, K, G, T, H]).transpose([0, 3, 1, 2, 4])  # [B, T, K, G, H]
+    return y.reshape([B, T, N, H]), weights
+
+
+def fused_attention(q, k, v, mask):
+    """`attention` through Paddle's scaled_dot_product_attention (flash or memory-efficient kernels on a GPU)."""
+    k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, S, K, H]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+# ------------------------------------------------------------------- projections that share one input
+
+
+class FusedLinear(nn.Layer):
+    """Bias-free projections of one input, stored side by side: one matrix product instead of several.
+
+    Built from nn.Linear layers by name and split back into them; `state_dict` of a model shows the separate
+    names (see pretrained.py), so a file never knows.
+    """
+
+    def __init__(self, parts: dict[str, nn.Linear]):
+        super().__init__()
+        self.names = list(parts)
+        self.widths = [linear.weight.shape[1] for linear in parts.values()]
+        first = next(iter(parts.values())).weight
+        self.weight = self.create_parameter(
+            [first.shape[0], sum(self.widths)], dtype=first.dtype, default_initializer=nn.initializer.Constant(0.0)
+        )
+        with paddle.no_grad():
+            paddle.assign(paddle.concat([linear.weight for linear in parts.values()], axis=1), self.weight)
+        self.weight.stop_gradient = first.stop_gradient
+
+    def forward(self, x):
+        """[..., in] -> one [..., width] per part, in order."""
+        return paddle.split(paddle.matmul(x, self.weight), self.widths, axis=-1)
+
+    def split_weight(self) -> dict:
+        """The parts' weights [in, width] by name."""
+        return dict(zip(self.names, paddle.split(self.weight, self.widths, axis=1), strict=True))
+
+
+def fuse(layer: nn.Layer) -> None:
+    """Replace the projections that layer.FUSABLE names ({fused: parts}) by one FusedLinear each, in place."""
+    for fused, parts in layer.FUSABLE.items():
+        if getattr(layer, fused) is None:
+            setattr(layer, fused, FusedLinear({name: getattr(layer, name) for name in parts}))
+            for name in parts:
+                delattr(layer, name)
+
+
+def unfuse(layer: nn.Layer) -> None:
+    """The inverse of `fuse`."""
+    for fused in layer.FUSABLE:
+        joined = getattr(layer, fused)
+        if joined is not None:
+            for name, weight in joined.split_weight().items():
+                linear = nn.Linear(*weight.shape, bias_attr=False)
+                linear.to(dtype=weight.dtype)
+                linear.weight.set_value(weight.detach())
+                linear.weight.stop_gradient = joined.weight.stop_gradient
+                setattr(layer, name, linear)
+            delattr(layer, fused)
+            setattr(layer, fused, None)
+
+
+# ---------------------------------------------------------------------------------- choosing a twin
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations a model was built with."""
+
+    rms_norm: Callable = rms_norm
+    rope: Callable = rope
+    swiglu: Callable = swiglu
+    attention: Callable = attention
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which twin of an operation runs on this device, and why."""
+
+    name: str
+    chosen: str  # "plain" or "fused"
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Twins:
+    name: str
+    plain: Callable
+    fused: Callable
+    sample: Callable[[str], tuple]  # dtype -> arguments for the probe
+    slower_on: dict[str, str]  # device type -> what was measured there
+
+
+def _sample_rms_norm(dtype: str) -> tuple:
+    return _random([3, 5, 96], dtype), _random([96], dtype), 1e-5
+
+
+def _sample_rope(dtype: str) -> tuple:
+    angles = paddle.arange(2 * 5 * 16, dtype="float32").reshape([2, 5, 1, 16]) * 0.37
+    angles = paddle.concat([angles, angles], axis=-1)
+    return (
+        _random([2, 5, 4, 32], dtype),
+        _random([2, 5, 2, 32], dtype),
+        paddle.cos(angles).astype(dtype),
+        paddle.sin(angles).astype(dtype),
+    )
+
+
+def _sample_swiglu(dtype: str) -> tuple:
+    return _random([3, 5, 96], dtype), _random([3, 5, 96], dtype)
+
+
+def _sample_attention(dtype: str) -> tuple:
+    # Query 0 of row 1 may look nowhere else than at itself: the shape a left-padded prompt gives.
+    keep = paddle.to_tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], dtype="bool")
+    mask = causal_mask(keep, 5)
+    return _random([2, 5, 4, 32], dtype), _random([2, 2, 5, 32], dtype), _random([2, 2, 5, 32], dtype), mask
+
+
+def _random(shape: list[int], dtype: str):
+    # Drawn by hand: a probe must not disturb the generator a user has seeded.
+    n = 1
+    for size in shape:
+        n *= size
+    values = paddle.sin(paddle.arange(n, dtype="float32") * 12.9898) * 1.7
+    return values.reshape(shape).astype(dtype)
+
+
+TWINS = (
+    _Twins("rms_norm", rms_norm, fused_rms_norm, _sample_rms_norm, {}),
+    _Twins("rope", rope, fused_rope, _sample_rope, {}),
+    _Twins("swiglu", swiglu, fused_swiglu, _sample_swiglu, {}),
+    _Twins(
+        "attention",
+        attention,
+        fused_attention,
+        _sample_attention,
+        {"cpu": "Paddle's CPU kernel is slower than grouped matrix products (benchmarks/RESULTS.md)"},
+    ),
+)
+
+_mode = "auto"
+_chosen: dict[str, tuple[Ops, list[Choice]]] = {}
+
+
+def select() -> Ops:
+    """The operations for models built on the current device."""
+    return _select()[0]
+
+
+def choices() -> list[Choice]:
+    """What `select` chose for the current device, with the reasons."""
+    return _select()[1]
+
+
+@contextmanager
+def using(mode: str):
+    """Models built inside use the "plain" twins, the "fused" ones without asking the probe, or "auto"."""
+    if mode not in ("auto", "plain", "fused"):
+        raise ValueError(f'fusion mode {mode!r} is none of "auto", "plain" and "fused".')
+    global _mode
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def _select() -> tuple[Ops, list[Choice]]:
+    device = paddle.device.get_device()
+    key = f"{_mode}@{device}"
+    if key not in _chosen:
+        made = [_choose(twins, device) for twins in TWINS]
+        functions = {
+            twins.name: twins.fused if choice.chosen == "fused" else twins.plain
+            for twins, choice in zip(TWINS, made, strict=True)
+        }
+        _chosen[key] = Ops(**functions), made
+    return _chosen[key]
+
+
+def _choose(twins: _Twins, device: str) -> Choice:
+    if _mode != "auto":
+        return Choice(twins.name, _mode, "asked for")
+    device_type = device.split(":")[0]
+    if device_type in twins.slower_on:
+        return Choice(twins.name, "plain", f"{device}: {twins.slower_on[device_type]}")
+    # The half-precision dtypes only where they compute at all: Paddle has no such CPU kernels.
+    dtypes = ["float32"] if device_type == "cpu" else ["float32", "bfloat16", "float16"]
+    for dtype in dtypes:
+        problem = _probe(twins, dtype)
+        if problem:
+            return Choice(twins.name, "plain", f"{device}, {dtype}: {problem}")
+    return Choice(twins.name, "fused", f"{device}: forward and backward equal the plain twin in {', '.join(dtypes)}")
+
+
+def _probe(twins: _Twins, dtype: str) -> str | None:
+    """What is wrong with the fused twin on this device, or None."""
+    # fp32 by rounding of another summation order; half precision by single units in the last place
+    tolerance = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}[dtype]
+    try:
+        expected = _run(twins.plain, twins.sample(dtype))
+        with _native_stderr_closed():
+            found = _run(twins.fused, twins.sample(dtype))
+    except Exception as error:  # any failure of a foreign kernel means: do not use it; the reason is kept
+        return f"the fused kernel fails ({_first_line(error)})"
+    for what, a, b in zip(("values", *["gradients"] * len(expected)), expected, found, strict=False):
+        difference = float((a.astype("float32") - b.astype("float32")).abs().max())
+        if not difference <= tolerance:  # also true for NaN
+            return f"its {what} differ by {difference:.1e} (at most {tolerance:.0e} allowed)"
+    return None
+
+
+def _run(function: Callable, arguments: tuple) -> list:
+    """Outputs of the function, then the gradients of its floating inputs for a fixed upstream gradient."""
+    with paddle.enable_grad():
+        inputs = [a for a in arguments if isinstance(a, paddle.Tensor) and a.is_floating_point()]
+        for tensor in inputs:
+            tensor.stop_gradient = False
+        outputs = function(*arguments)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        upstream = [_random(y.shape, "float32").astype(y.dtype) for y in outputs]
+        # The angles of rope are inputs no kernel differentiates; leave them out.
+        wanted = inputs[:2] if len(inputs) == 4 else inputs
+        gradients = paddle.grad(outputs, wanted, upstream)
+    return outputs + list(gradients)
+
+
+@contextmanager
+def _native_stderr_closed():
+    """Paddle's C++ side writes a warning for a missing kernel; the probe expects one and keeps the reason itself."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = next((line for line in lines if "Error" in line or "not registered" in line), lines[0] if lines else "")
+    return (telling or type(error).__name__).removeprefix("(NotFound) ")[:160].rstrip(".")
+
+
+# ------------------------------------------------------------------------------------------- the mask
+
+
+def causal_mask(keep, T: int):
+    """The one boolean mask [B, 1, T, S] of T queries that stand at the end of S keys.
+
+    keep: [B, S] bool, False at padding. A query sees the kept keys up to its own place, and always itself, so
+    that no row of the softmax is empty (pads included; nobody reads what they compute).
+
+        keys      p p a b c        p: padding
+        query p   x . . . .
+        query p   . x . . .
+        query a   . . x . .
+        query b   . . x x .
+        query c   . . x x x
+    """
+    S = keep.shape[1]
+    key = paddle.arange(S).unsqueeze(0)  # [1, S]
+    query = paddle.arange(S - T, S).unsqueeze(1)  # [T, 1]
+    sees = keep.unsqueeze([1, 2]) & (key <= query)  # [B, 1, T, S]
+    return sees | (key == query)

@@ -1,0 +1,455 @@
+"""The Aquila2 decoder on Paddle, from leaf to root. Numerics follow the original torch implementation.
+
+Loading and saving are in pretrained.py, generate() in paddlenlp_generate.py, kernels in fusion_ops.py.
+Letters in shapes: B batch, T query length, S key length, D hidden, N query heads, K key/value heads, H head size,
+V vocabulary, L layers.
+"""
+
+# isort: off
+from .startup import READY  # noqa: F401  before paddle is loaded, also where the package is not installed
+
+# isort: on
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddle.distributed.fleet.utils import recompute
+from paddlenlp.transformers import register_base_model
+from paddlenlp.transformers.model_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithCrossAttentions,
+    SequenceClassifierOutputWithPast,
+)
+
+from .cache import KVCache
+from .configuration import AquilaConfig
+from .errors import AquilaError
+from .fusion_ops import Ops, attention_with_weights, causal_mask, select
+from .paddlenlp_generate import AquilaGeneration
+from .pretrained import AquilaPretrainedModel
+
+IGNORE = -100  # a label that is not trained on
+
+
+class RMSNorm(nn.Layer):
+    """Root-mean-square norm over the last axis, weight [D]."""
+
+    def __init__(self, config: AquilaConfig, ops: Ops):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = self.create_parameter([config.hidden_size], default_initializer=nn.initializer.Constant(1.0))
+        self.rms_norm = ops.rms_norm
+
+    def forward(self, x):
+        return self.rms_norm(x, self.weight, self.eps)
+
+
+class RotaryEmbedding:
+    """Angles of the rotary embedding: fp32 always, also in a half-precision model, and cast at the end.
+
+    Linear scaling divides positions by the factor. Dynamic NTK stretches the base once the keys are longer than
+    max_position_embeddings; here it is a function of the key length alone, so a long input leaves no trace.
+    """
+
+    def __init__(self, config: AquilaConfig):
+        self.head_dim = config.head_dim
+        self.base = config.rope_theta
+        self.max_positions = config.max_position_embeddings
+        scaling = config.rope_scaling or {"type": "none", "factor": 1.0}
+        self.type, self.factor = scaling["type"], scaling["factor"]
+
+    def __call__(self, position_ids, key_length: int, dtype):
+        """position_ids [B, T] -> cos, sin [B, T, 1, H] of the given dtype."""
+        positions = position_ids.astype("float32")
+        if self.type == "linear":
+            positions = positions / self.factor
+        inv_freq = paddle.to_tensor(self.inverse_frequencies(key_length))
+        angles = positions.unsqueeze(-1) * inv_freq  # [B, T, H/2]
+        angles = paddle.concat([angles, angles], axis=-1).unsqueeze(2)  # [B, T, 1, H]
+        return paddle.cos(angles).astype(dtype), paddle.sin(angles).astype(dtype)
+
+    def inverse_frequencies(self, key_length: int) -> np.ndarray:
+        """1 / base ** (2i / H), float32 [H/2]."""
+        base, d = self.base, self.head_dim
+        if self.type == "dynamic" and key_length > self.max_positions:
+            stretch = self.factor * key_length / self.max_positions - (self.factor - 1)
+            base = base * stretch ** (d / (d - 2))
+        exponents = np.arange(0, d, 2, dtype=np.float32) / np.float32(d)
+        # The power in double, rounded once: what a correctly rounded fp32 power gives.
+        return np.float32(1) / np.power(base, exponents.astype(np.float64)).astype(np.float32)
+
+
+class Attention(nn.Layer):
+    """Grouped-query causal attention."""
+
+    FUSABLE = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
+    def __init__(self, config: AquilaConfig, layer: int, ops: Ops):
+        super().__init__()
+        self.layer, self.ops = layer, ops
+        self.N, self.K, self.H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D = config.hidden_size
+        self.q_proj = nn.Linear(D, self.N * self.H, bias_attr=False)
+        self.k_proj = nn.Linear(D, self.K * self.H, bias_attr=False)
+        self.v_proj = nn.Linear(D, self.K * self.H, bias_attr=False)
+        self.o_proj = nn.Linear(self.N * self.H, D, bias_attr=False)
+        self.qkv_proj = None  # stands in for the first three after fuse_projections()
+
+    def forward(self, x, cos, sin, mask, cache: KVCache | None = None, output_attentions: bool = False):
+        """x [B, T, D] -> [B, T, D], and the weights [B, N, T, S] or None."""
+        B, T, _ = x.shape
+        q, k, v = self.qkv_proj(x) if self.qkv_proj else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q = q.reshape([B, T, self.N, self.H])
+        k = k.reshape([B, T, self.K, self.H])
+        v = v.reshape([B, T, self.K, self.H])
+        q, k = self.ops.rope(q, k, cos, sin)
+        k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, K, T, H]
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # [B, K, S, H]
+        if output_attentions:  # only the plain twin has the weights
+            y, weights = attention_with_weights(q, k, v, mask)  # [B, T, N, H]
+        else:
+            y, weights = self.ops.attention(q, k, v, mask), None
+        return self.o_proj(y.reshape([B, T, self.N * self.H])), weights
+
+
+class MLP(nn.Layer):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+
+    FUSABLE = {"gate_up_proj": ("gate_proj", "up_proj")}
+
+    def __init__(self, config: AquilaConfig, ops: Ops):
+        super().__init__()
+        self.swiglu = ops.swiglu
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias_attr=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias_attr=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias_attr=False)
+        self.gate_up_proj = None  # stands in for the first two after fuse_projections()
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x) if self.gate_up_proj else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(self.swiglu(gate, up))
+
+
+class DecoderLayer(nn.Layer):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: AquilaConfig, layer: int, ops: Ops):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, ops)
+        self.self_attn = Attention(config, layer, ops)
+        self.post_attention_layernorm = RMSNorm(config, ops)
+        self.mlp = MLP(config, ops)
+
+    def forward(self, x, cos, sin, mask, cache: KVCache | None = None, output_attentions: bool = False):
+        """x [B, T, D] -> [B, T, D]; with output_attentions a pair of that and the weights [B, N, T, S]."""
+        y, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, output_attentions)
+        x = x + y
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        # A single tensor otherwise: Paddle's recompute wants it.
+        return (x, weights) if output_attentions else x
+
+
+def keep_mask(attention_mask, B: int, S: int):
+    """The boolean [B, S] (True at real tokens) out of a 2-D mask of 0/1 or booleans, or of None."""
+    if attention_mask is None:
+        return paddle.ones([B, S], dtype="bool")
+    if attention_mask.shape != [B, S]:
+        raise AquilaError(
+            f"attention_mask has shape {attention_mask.shape}; expected [{B}, {S}], one entry for every key, "
+            "cached tokens included, or a 4-D boolean mask."
+        )
+    return attention_mask.astype("bool")
+
+
+def boolean_mask(attention_mask, keep, T: int):
+    """What query t may look at, [B, 1, T, S], from whatever the caller gave; None when there is no restriction.
+
+    A 4-D mask is taken as final, as PaddleNLP's data tools mean it: True (or nonzero) where a query may look; a
+    floating one is additive, 0 where it may look.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        if attention_mask.is_floating_point():
+            return attention_mask >= 0
+        return attention_mask.astype("bool")
+    if T == 1 and attention_mask is None:
+        return None
+    return causal_mask(keep, T)
+
+
+def positions(keep, T: int):
+    """Position of each of the last T tokens, [B, T]: padding does not count and itself stands at 1, as upstream."""
+    counted = paddle.cumsum(keep.astype("int64"), axis=-1) - 1
+    return paddle.where(keep, counted, paddle.ones_like(counted))[:, -T:]
+
+
+@register_base_model
+class AquilaModel(AquilaPretrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: AquilaConfig):
+        super().__init__(config)
+        ops = select()
+        self.pad_token_id = config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.LayerList([DecoderLayer(config, i, ops) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config, ops)
+        self.rotary = RotaryEmbedding(config)
+        self.enable_recompute = False  # PaddleNLP's recompute_enable() and Trainer set it
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def embed(self, input_ids):
+        """[B, T] -> [B, T, D]. The pad id's row is used but gets no gradient from here, as torch's padding_idx.
+
+        Paddle's own padding_idx would return zeros for it.
+        """
+        x = self.embed_tokens(input_ids)
+        if self.pad_token_id is None or x.stop_gradient:
+            return x
+        is_pad = (input_ids == self.pad_token_id).unsqueeze(-1)
+        return paddle.where(is_pad, x.detach(), x)
+
+    def forward(
+        self,
+        input_ids=None,
+        position_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        use_cache: bool | None = None,
+        past_key_values=None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """Run the decoder.
+
+        Args:
+            input_ids: int [B, T]; or inputs_embeds [B, T, D] in its place.
+            position_ids: int [B, T]; by default counted from attention_mask, so left padding needs nothing more.
+            attention_mask: [B, S] of 1/0 or booleans for all S keys, cached ones included; or 4-D, taken as final.
+            past_key_values: a KVCache (appended in place), or PaddleNLP's tuple of (k, v) [B, S, K, H].
+            use_cache: return the cache; default is the config's, and False under recompute.
+
+        Returns:
+            BaseModelOutputWithPast, or without return_dict the tuple of what is not None among last hidden state
+            [B, T, D], cache, hidden states (embeddings, layers 1..L-1, then the output after the final norm) and
+            attentions (L of [B, N, T, S]).
+        """
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.use_return_dict if return_dict is None else return_dict
+        if (input_ids is None) == (inputs_embeds is None):
+            raise AquilaError("Give either input_ids or inputs_embeds, and not both.")
+
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        B, T, _ = x.shape
+        recomputing = self.enable_recompute and self.training and not x.stop_gradient
+        use_cache = (config.use_cache if use_cache is None else use_cache) and not recomputing
+        given_tuple = past_key_values is not None and not isinstance(past_key_values, KVCache)
+        cache = KVCache.from_tuple(past_key_values) if given_tuple else past_key_values
+        if cache is None and use_cache:
+            cache = KVCache(config.num_hidden_layers)
+        S = T + (cache.length if cache is not None else 0)
+
+        keep = keep_mask(attention_mask if attention_mask is None or attention_mask.ndim == 2 else None, B, S)
+        mask = boolean_mask(attention_mask, keep, T)
+        if position_ids is None:
+            position_ids = positions(keep, T)
+        cos, sin = self.rotary(position_ids, S, x.dtype)
+
+        hidden_states, attentions = [x], []
+        for layer in self.layers:
+            if recomputing and not output_attentions:
+                x = recompute(layer, x, cos, sin, mask)
+            else:
+                x = layer(x, cos, sin, mask, cache, output_attentions)
+            if output_attentions:
+                x, weights = x
+                attentions.append(weights)
+            hidden_states.append(x)
+        x = self.norm(x)
+        hidden_states[-1] = x
+
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=(cache.to_tuple() if given_tuple else cache) if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if return_dict else _as_tuple(output)
+
+
+def _as_tuple(output: BaseModelOutputWithPast) -> tuple:
+    # By hand: ModelOutput.to_tuple() would walk into the cache.
+    values = (output.last_hidden_state, output.past_key_values, output.hidden_states, output.attentions)
+    return tuple(v for v in values if v is not None)
+
+
+class AquilaPretrainingCriterion(nn.Layer):
+    """Mean cross-entropy in fp32 over the labels that are not -100.
+
+    Labels follow PaddleNLP: already shifted, labels[t] is the target of position t. Without any valid label the
+    loss is 0. (F.cross_entropy with reduction="mean" would divide by all positions, ignored ones too.)
+    """
+
+    def forward(self, logits, labels):
+        """logits [B, T, V], labels int [B, T] -> scalar."""
+        V = logits.shape[-1]
+        losses = F.cross_entropy(
+            logits.astype("float32").reshape([-1, V]), labels.reshape([-1]), reduction="none", ignore_index=IGNORE
+        )
+        valid = (labels != IGNORE).astype("float32").sum()
+        return losses.sum() / valid.clip(min=1.0)
+
+
+class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
+    """The decoder with its language-model head."""
+
+    def __init__(self, config: AquilaConfig):
+        super().__init__(config)
+        self.aquila = AquilaModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias_attr=False)
+        self.criterion = AquilaPretrainingCriterion()
+
+    def get_output_embeddings(self):
+        return None if self.config.tie_word_embeddings else self.lm_head
+
+    def logits(self, x):
+        """[B, T, D] -> [B, T, V] in fp32, through the embedding itself when the head is tied."""
+        if self.config.tie_word_embeddings:
+            return paddle.matmul(x, self.aquila.embed_tokens.weight, transpose_y=True).astype("float32")
+        return self.lm_head(x).astype("float32")
+
+    def forward(
+        self,
+        input_ids=None,
+        position_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache: bool | None = None,
+        past_key_values=None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+    ):
+        """Logits [B, T, V] in fp32, of the last `logits_to_keep` positions only when that is not 0.
+
+        labels: int [B, T], already shifted (labels[t] is the target of position t), -100 where there is none.
+        The other arguments and the forms of output are AquilaModel's; the tuple is (loss, logits, cache, ...)
+        without what is None.
+        """
+        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        output = self.aquila(
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        x = output.last_hidden_state  # [B, T, D]
+        logits = self.logits(x[:, -logits_to_keep:] if logits_to_keep else x)
+        loss = None if labels is None else self.criterion(logits, labels)
+        if not return_dict:
+            return (*(() if loss is None else (loss,)), logits, *_as_tuple(output)[1:])
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
+class AquilaForSequenceClassification(AquilaPretrainedModel):
+    """The decoder with a linear score of the last real token."""
+
+    def __init__(self, config: AquilaConfig):
+        super().__init__(config)
+        self.aquila = AquilaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias_attr=False)
+
+    def forward(
+        self,
+        input_ids=None,
+        position_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache: bool | None = None,
+        past_key_values=None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """Scores [B, num_labels] in fp32, read at each row's last real token.
+
+        The last real token is found in the 2-D attention_mask, without one by the pad id.
+        labels: [B] class ids, [B] values for regression (num_labels 1), or [B, num_labels] floats for several
+        labels at once; config.problem_type decides, or the labels' shape and dtype when it is None.
+        """
+        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        output = self.aquila(
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        last = self._last_token(input_ids, attention_mask, output.last_hidden_state)  # [B]
+        pooled = output.last_hidden_state[paddle.arange(last.shape[0]), last]  # [B, D]
+        logits = self.score(pooled).astype("float32")
+        loss = None if labels is None else self._loss(logits, labels)
+        if not return_dict:
+            return (*(() if loss is None else (loss,)), logits, *_as_tuple(output)[1:])
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def _last_token(self, input_ids, attention_mask, x):
+        """Index of the last real token of each row, [B]."""
+        B, T = x.shape[:2]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask[:, -T:].astype("bool")
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        elif B == 1:
+            real = paddle.ones([B, T], dtype="bool")
+        else:
+            raise AquilaError(
+                "A batch of several rows needs an attention_mask or a pad_token_id in the config, "
+                "to know where each row ends."
+            )
+        return (paddle.arange(T).unsqueeze(0) * real.astype("int64")).argmax(axis=-1)
+
+    def _loss(self, logits, labels):
+        problem = self.config.problem_type
+        if problem is None:
+            whole = labels.dtype in (paddle.int64, paddle.int32)
+            several = "single_label_classification" if whole else "multi_label_classification"
+            problem = "regression" if logits.shape[-1] == 1 else several
+        if problem == "regression":
+            return F.mse_loss(logits.squeeze(-1) if logits.shape[-1] == 1 else logits, labels.astype("float32"))
+        if problem == "single_label_classification":
+            return F.cross_entropy(logits, labels)
+        return F.binary_cross_entropy_with_logits(logits, labels.astype("float32"))
