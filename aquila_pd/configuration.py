@@ -64,6 +64,9 @@ class AquilaConfig(PretrainedConfig):
     ):
         if hidden_act != "silu":
             raise ConfigError(f'hidden_act is "{hidden_act}"; the Aquila family knows only "silu".')
+        for name in ("attention_bias", "mlp_bias"):
+            if kwargs.pop(name, False):
+                raise ConfigError(f"{name} is true; no model of the Aquila family has biases.")
         if num_key_value_heads is None:
             num_key_value_heads = num_attention_heads
         check_sizes(
@@ -75,6 +78,12 @@ class AquilaConfig(PretrainedConfig):
             num_hidden_layers=num_hidden_layers,
             max_position_embeddings=max_position_embeddings,
         )
+        head_dim = kwargs.pop("head_dim", None)  # newer Hugging Face files spell out what follows from the rest
+        if head_dim is not None and head_dim != hidden_size // num_attention_heads:
+            raise ConfigError(
+                f"head_dim is {head_dim}; hidden_size {hidden_size} over {num_attention_heads} heads makes "
+                f"{hidden_size // num_attention_heads}, and the family has no other."
+            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

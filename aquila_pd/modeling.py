@@ -154,9 +154,9 @@ def keep_mask(attention_mask, B: int, S: int):
     """The boolean [B, S] (True at real tokens) out of a 2-D mask of 0/1 or booleans, or of None."""
     if attention_mask is None:
         return paddle.ones([B, S], dtype="bool")
-    if attention_mask.shape != [B, S]:
+    if list(attention_mask.shape) != [B, S]:
         raise AquilaError(
-            f"attention_mask has shape {attention_mask.shape}; expected [{B}, {S}], one entry for every key, "
+            f"attention_mask has shape {list(attention_mask.shape)}; expected [{B}, {S}], one entry for every key, "
             "cached tokens included, or a 4-D boolean mask."
         )
     return attention_mask.astype("bool")

@@ -80,7 +80,9 @@ class AquilaPretrainedModel(PretrainedModel):
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
         if args or not _is_ours(folder, config, kwargs):
-            kwargs.setdefault("low_cpu_mem_usage", True)
+            # Not with weights at hand: PaddleNLP would put them aside and read the files again.
+            at_hand = kwargs.get("state_dict") is not None or kwargs.get("convert_from_torch")
+            kwargs.setdefault("low_cpu_mem_usage", not at_hand)
             return super().from_pretrained(folder.as_posix(), *args, config=config, dtype=dtype, **kwargs)
         config.dtype = _compute_dtype(dtype, config.dtype)
         with ExitStack() as stack:
@@ -110,7 +112,11 @@ class AquilaPretrainedModel(PretrainedModel):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.dtype = str(next(iter(self.parameters())).dtype).removeprefix("paddle.")
         self.config.architectures = [type(self).__name__]
-        tensors = ((name, _to_numpy(tensor)) for name, tensor in self.state_dict().items())
+        # In the table's order, whatever order fusing has left the layers in: the same weights give the same bytes.
+        state = self.state_dict()
+        rows = [_name_in(self, weight.paddle) for weight in weights(self.config.dims)]
+        ordered = [name for name in rows if name in state] + [name for name in state if name not in rows]
+        tensors = ((name, _to_numpy(state[name])) for name in ordered)
         save_tensors(folder, tensors, max_shard_size=kwargs.get("max_shard_size", "5GB"))
         self.config.save_pretrained(folder)
         if self.can_generate():
@@ -250,9 +256,9 @@ def _check(model: AquilaPretrainedModel, folder: Path, files: dict, missing: lis
     findings = [f"missing     {name}" for name in missing]
     findings += [f"unexpected  {name}" for name in unexpected]
     findings += [
-        f"shape       {name}: file has {list(files[name].shape)}, config says {parameter.shape}"
+        f"shape       {name}: file has {list(files[name].shape)}, config says {list(parameter.shape)}"
         for name, parameter in parameters.items()
-        if name in files and list(files[name].shape) != parameter.shape
+        if name in files and list(files[name].shape) != list(parameter.shape)
     ]
     if not findings:
         return

@@ -1,0 +1,130 @@
+"""Plain and fused twins on the same numbers, the probe that chooses, and fused projections that stay out of files."""
+
+import numpy as np
+import paddle
+import pytest
+from twins import assert_close, ids, paddle_model, shifted, torch_model
+
+from aquila_pd import fusion_ops
+from aquila_pd.fusion_ops import TWINS, Choice
+
+TWIN = {twins.name: twins for twins in TWINS}
+
+
+def _forward_and_backward(function, name):
+    arguments = TWIN[name].sample("float32")
+    return [tensor.numpy() for tensor in fusion_ops._run(function, arguments)]
+
+
+@pytest.mark.parametrize("name", TWIN)
+def test_twins_agree_forward_and_backward(name):
+    expected = _forward_and_backward(TWIN[name].plain, name)
+    try:
+        with fusion_ops._native_stderr_closed():
+            found = _forward_and_backward(TWIN[name].fused, name)
+    except Exception as error:
+        pytest.skip(f"no fused {name} on {paddle.device.get_device()}: {fusion_ops._first_line(error)}")
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 2e-5, name)
+
+
+def test_attention_equals_the_formula():
+    """Against per-head numpy with repeated keys: the grouping of heads is not taken from the code under test."""
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal(s).astype("float32") for s in ([2, 3, 6, 8], [2, 2, 5, 8], [2, 2, 5, 8]))
+    mask = fusion_ops.causal_mask(paddle.to_tensor([[True] * 5, [False, True, True, True, True]]), 3)
+    found = fusion_ops.attention(*map(paddle.to_tensor, (q, k, v)), mask).numpy()
+    for b in range(2):
+        for head in range(6):
+            scores = q[b, :, head] @ k[b, head // 3].T / np.sqrt(8)
+            scores = np.where(mask[b, 0].numpy(), scores, -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            expected = weights / weights.sum(-1, keepdims=True) @ v[b, head // 3]
+            assert_close(found[b, :, head], expected, 1e-5, f"row {b}, head {head}")
+
+
+def _choose(plain, fused, sample=TWIN["swiglu"].sample, slower_on=None):
+    return fusion_ops._choose(fusion_ops._Twins("op", plain, fused, sample, slower_on or {}), "cpu")
+
+
+def test_the_probe_refuses_a_kernel_that_is_wrong_forward_or_backward():
+    plain = fusion_ops.swiglu
+    assert _choose(plain, plain).chosen == "fused"
+
+    wrong = _choose(plain, lambda gate, up: plain(gate, up) * 1.001)
+    assert wrong.chosen == "plain" and "values differ" in wrong.reason
+    no_gradient = _choose(plain, lambda gate, up: plain(gate, up.detach()) + 0.0 * up)
+    assert no_gradient.chosen == "plain" and "gradients differ" in no_gradient.reason
+    nan = _choose(plain, lambda gate, up: plain(gate, up) * float("nan"))
+    assert nan.chosen == "plain"
+
+    def broken(gate, up):
+        raise RuntimeError("(NotFound) The kernel `op` is not registered.")
+
+    assert "The kernel `op` is not registered" in _choose(plain, broken).reason
+    assert "measured" in _choose(plain, plain, slower_on={"cpu": "measured slower"}).reason
+
+
+def test_every_choice_has_a_reason():
+    made = fusion_ops.choices()
+    assert [choice.name for choice in made] == [twins.name for twins in TWINS]
+    assert all(isinstance(choice, Choice) and choice.reason and choice.chosen in ("plain", "fused") for choice in made)
+
+
+def test_the_choice_is_made_when_the_model_is_built():
+    reference = torch_model()
+    with fusion_ops.using("plain"):
+        plain = paddle_model(reference)
+    automatic = paddle_model(reference)
+    assert plain.aquila.layers[0].mlp.swiglu is fusion_ops.swiglu
+    tokens = paddle.to_tensor(ids())
+    assert_close(automatic(tokens)[0], plain(tokens)[0].numpy(), 1e-5)
+    assert list(automatic.state_dict()) == list(plain.state_dict())
+    with pytest.raises(ValueError, match="none of"), fusion_ops.using("fast"):
+        pass
+
+
+def test_a_probe_leaves_the_users_random_numbers_alone():
+    paddle.seed(1)
+    expected = paddle.randn([4]).tolist()
+    paddle.seed(1)
+    fusion_ops._probe(TWIN["swiglu"], "float32")
+    assert paddle.randn([4]).tolist() == expected
+
+
+# ------------------------------------------------------------------------------------ fused projections
+
+
+def test_fused_projections_change_neither_numbers_nor_names():
+    model = paddle_model(torch_model())
+    tokens, labels = paddle.to_tensor(ids()), paddle.to_tensor(shifted(ids()))
+    before, logits = {k: v.numpy() for k, v in model.state_dict().items()}, model(tokens)[0].numpy()
+
+    model.fuse_projections()
+    attention = model.aquila.layers[0].self_attn
+    assert isinstance(attention.qkv_proj, fusion_ops.FusedLinear) and not hasattr(attention, "q_proj")
+    assert_close(model(tokens)[0], logits, 1e-5)
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all((after[name].numpy() == before[name]).all() for name in before)
+    model(tokens, labels=labels)[0].backward()
+    assert attention.qkv_proj.weight.grad.shape == [32, 48]
+
+    model.set_state_dict({name: paddle.to_tensor(value * 0.5) for name, value in before.items()})
+    assert isinstance(attention.qkv_proj, fusion_ops.FusedLinear)
+    model.set_state_dict({name: paddle.to_tensor(value) for name, value in before.items()})
+    assert_close(model(tokens)[0], logits, 1e-5)
+
+    model.unfuse_projections()
+    assert attention.qkv_proj is None
+    assert all((model.state_dict()[name].numpy() == before[name]).all() for name in before)
+    assert_close(model(tokens)[0], logits, 1e-6)
+
+
+def test_fused_projections_never_reach_a_file(tmp_path):
+    model = paddle_model(torch_model())
+    model.save_pretrained(tmp_path / "plain")
+    model.fuse_projections()
+    model.save_pretrained(tmp_path / "fused")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "fused" / file).read_bytes(), file
