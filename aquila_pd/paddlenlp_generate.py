@@ -10,7 +10,16 @@ from paddlenlp.generation import LogitsProcessor
 from .cache import KVCache
 from .errors import GenerationError
 
-_MODEL_KWARGS = {"attention_mask", "position_ids", "inputs_embeds", "past_key_values", "logits_processors", "input_ids"}
+# What generate() takes by keyword beside the fields of GenerationConfig.
+_OURS = {
+    "attention_mask",
+    "position_ids",
+    "inputs_embeds",
+    "past_key_values",
+    "logits_processors",
+    "synced_gpus",
+    "with_cache",
+}
 
 
 class MinNewTokens(LogitsProcessor):
@@ -45,9 +54,7 @@ class AquilaGeneration:
         kwargs = _strategy(kwargs, settings)
         # GenerationConfig swallows use_cache, and the loops then never see it; under another name they do.
         kwargs["with_cache"] = kwargs.pop("use_cache", getattr(settings, "use_cache", True))
-        unknown = [
-            k for k in kwargs if not hasattr(settings, k) and k not in _MODEL_KWARGS | {"with_cache", "synced_gpus"}
-        ]
+        unknown = [name for name in kwargs if not hasattr(settings, name) and name not in _OURS]
         if unknown:
             raise GenerationError(f"generate() knows no {', '.join(sorted(unknown))}. Check the spelling.")
 
@@ -141,10 +148,10 @@ class AquilaGeneration:
         return None if cache is None else super().reorder_cache(cache, beam_idx)
 
     def get_logits_processor(self, min_length=None, max_length=None, eos_token_id=None, **kwargs):
-        """PaddleNLP's list, with our minimum length in front."""
+        """PaddleNLP's list, with our minimum length in place of its own."""
         processors = super().get_logits_processor(None, max_length, eos_token_id, **kwargs)
         if min_length is not None and eos_token_id is not None:
-            processors.insert(0, MinNewTokens(min_length, eos_token_id))
+            processors.append(MinNewTokens(min_length, eos_token_id))
         return processors
 
     def adjust_logits_during_generation(self, logits):
