@@ -1,0 +1,87 @@
+"""Whole commands, each in a process of its own, taken in turn over several rounds; ratios with their spread.
+
+Machines are noisy and shared, so nothing here reports a bare time: the commands of one round run one after the
+other, and what counts is their ratio within the round.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command, once. Seconds of wall clock and of processor time, peak resident memory in MB."""
+
+    wall: float
+    cpu: float
+    peak_mb: float
+
+
+def run(command: list[str], environment: dict[str, str] | None = None) -> Run:
+    """Run to the end; its output is shown only if it fails. Peak memory is of the largest single process."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(environment or {})}
+    )
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{output}")
+    return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def compare(commands: dict[str, Callable[[], Run]], *, rounds: int, base: str) -> dict[str, list[Run]]:
+    """Every command once per round, in turn; prints the table and returns the runs. The first round warms up."""
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for turn in range(rounds + 1):
+        for name, command in commands.items():
+            measured = command()
+            if turn:
+                runs[name].append(measured)
+            print(f"  {'warm-up' if not turn else f'round {turn}'}: {name}", file=sys.stderr, flush=True)
+    print_table(runs, base)
+    return runs
+
+
+def print_table(runs: dict[str, list[Run]], base: str) -> None:
+    print(f"\n| | wall, ratio to {base} (min to max) | cpu, ratio | peak memory, MB |\n|---|---|---|---|")
+    for name, measured in runs.items():
+        wall = [a.wall / b.wall for a, b in zip(measured, runs[base], strict=True)]
+        cpu = [a.cpu / max(b.cpu, 1e-3) for a, b in zip(measured, runs[base], strict=True)]
+        spread = f"{statistics.median(wall):.2f} ({min(wall):.2f} to {max(wall):.2f})"
+        peak = statistics.median(r.peak_mb for r in measured)
+        print(f"| {name} | {spread} | {statistics.median(cpu):.2f} | {peak:.0f} |")
+
+
+def random_folder(folder: Path, shape: str, dtype: str = "bfloat16") -> Path:
+    """checkpoints.write_folder in a process of its own: a child's peak memory begins with its parent's."""
+    run([sys.executable, str(Path(__file__).with_name("checkpoints.py")), str(folder), shape, dtype])
+    return folder
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = next((int(line.split()[1]) / 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    name = names[0] if names else platform.processor()
+    load = os.getloadavg()[0]
+    return f"{os.cpu_count()} x {name}, {memory:.0f} GiB, Python {platform.python_version()}, load average {load:.1f}"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def write_json(path: Path | None, runs: dict[str, list[Run]], **facts) -> None:
+    if path is not None:
+        content = {"machine": machine(), **facts, "runs": {k: [asdict(r) for r in v] for k, v in runs.items()}}
+        path.write_text(json.dumps(content, indent=2) + "\n")
