@@ -20,7 +20,7 @@ from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 from .configuration import AquilaConfig
 from .errors import CheckpointError, report
 from .fusion_ops import FusedLinear, fuse, unfuse
-from .shards import read_layout, save_tensors, view
+from .shards import DEFAULT_SHARD_SIZE, Entry, parse_size, plan_shards, read_layout, tag_of, view, write_shards
 from .weight_map import BASE_MODEL_PREFIX, HEAD, weights
 
 log = logging.getLogger("aquila_pd")
@@ -116,8 +116,9 @@ class AquilaPretrainedModel(PretrainedModel):
         state = self.state_dict()
         rows = [_name_in(self, weight.paddle) for weight in weights(self.config.dims)]
         ordered = [name for name in rows if name in state] + [name for name in state if name not in rows]
-        tensors = ((name, _to_numpy(state[name])) for name in ordered)
-        save_tensors(folder, tensors, max_shard_size=kwargs.get("max_shard_size", "5GB"))
+        entries = [Entry(name, _tag(state[name]), tuple(state[name].shape)) for name in ordered]
+        shards = plan_shards(entries, parse_size(kwargs.get("max_shard_size", DEFAULT_SHARD_SIZE)))
+        write_shards(folder, shards, lambda entry, region: _copy_out(state[entry.name], region))
         self.config.save_pretrained(folder)
         if self.can_generate():
             self.generation_config.save_pretrained(folder)
@@ -282,8 +283,11 @@ def _fill(parameter, array: np.ndarray) -> None:
     parameter.get_tensor()._share_data_with(tensor.get_tensor())
 
 
-def _to_numpy(tensor) -> np.ndarray:
-    import ml_dtypes
+def _tag(tensor) -> str:
+    """The safetensors tag of a Paddle tensor's dtype."""
+    return tag_of(paddle.empty([0], dtype=tensor.dtype).numpy())
 
-    array = tensor.detach().cpu().numpy()
-    return array.view(ml_dtypes.bfloat16) if tensor.dtype == paddle.bfloat16 else array
+
+def _copy_out(tensor, region: np.ndarray) -> None:
+    """Copy a tensor's bits into its mapped place in a file (bfloat16 is uint16 in Paddle's numpy)."""
+    region.reshape(-1).view(np.uint8)[:] = tensor.detach().cpu().numpy().reshape(-1).view(np.uint8)

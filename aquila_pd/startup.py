@@ -3,9 +3,21 @@
 The package imports it first, and so does modeling.py, for a converted folder that carries only flat modules.
 """
 
+import logging
+import warnings
+
 from .processor import prefer_avx2_kernels
 from .registration import register_when_needed
 
+
+def _leave_out_known_noise() -> None:
+    """Lines that paddle's and paddlenlp's imports print on every machine and that nobody can act on."""
+    for message in ("No ccache found", "Setuptools is replacing distutils"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("datasets").setLevel(logging.WARNING)  # "PyTorch version ... available."
+
+
 prefer_avx2_kernels()
+_leave_out_known_noise()
 register_when_needed()
 READY = True

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 import torch
-from twins import assert_close, ids, pair, paddle_model, torch_model
+from twins import assert_close, ids, paddle_model, pair, torch_model
 
 from aquila_pd.errors import GenerationError
 from aquila_pd.fusion_ops import FusedLinear

@@ -177,7 +177,7 @@ def test_bf16_files_carry_the_standard_tag_and_reload_bit_for_bit(saved):
         header = json.loads(shard.read_bytes()[8 : 8 + int.from_bytes(shard.read_bytes()[:8], "little")])
         assert {body["dtype"] for name, body in header.items() if name != "__metadata__"} == {"BF16"}
         with safe_open(shard, framework="pt") as file:  # torch reads what we call BF16
-            stored.update({name: file.get_tensor(name).float().numpy() for name in file.keys()})
+            stored.update({name: file.get_tensor(name).float().numpy() for name in file.keys()})  # noqa: SIM118  not a dict
     config = json.loads((folder.parent / "half" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     again = AquilaForCausalLM.from_pretrained(folder.parent / "half", dtype="bfloat16")

@@ -5,7 +5,7 @@ import paddle
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
-from twins import BASE, assert_close, fill, ids, pair, paddle_model, shifted, torch_model
+from twins import BASE, assert_close, fill, ids, paddle_model, pair, shifted, torch_model
 
 from aquila_pd import (
     AquilaConfig,
@@ -265,7 +265,9 @@ def test_a_batch_without_a_way_to_know_its_ends_is_refused():
 
 
 def test_huggingface_and_paddle_spellings_read_alike():
-    hf = AquilaConfig.from_dict({**BASE, "torch_dtype": "bfloat16", "rope_scaling": {"rope_type": "linear", "factor": 8}})
+    hf = AquilaConfig.from_dict(
+        {**BASE, "torch_dtype": "bfloat16", "rope_scaling": {"rope_type": "linear", "factor": 8}}
+    )
     ours = AquilaConfig.from_dict({**BASE, "dtype": "bfloat16", "rope_scaling": {"type": "linear", "factor": 8.0}})
     assert hf == ours and hf.dtype == "bfloat16" and hf.head_dim == 4
 

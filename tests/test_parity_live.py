@@ -91,7 +91,7 @@ def test_padding(kind, side):
 
 def test_left_padding_counts_positions_from_the_first_real_token():
     """Rotary embedding is relative, so logits cannot show wrong positions; the cached keys do."""
-    reference, model = pair()
+    model = paddle_model(torch_model())
     tokens = ids(1, 7)
     padded = np.concatenate([np.zeros([1, 4], dtype=np.int64), tokens], axis=1)
     keep = paddle.to_tensor(padded != 0)

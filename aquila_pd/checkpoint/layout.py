@@ -1,0 +1,83 @@
+"""What kind of checkpoint lies at a path. Looks at names only; the sources read what is inside."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import shards
+from ..errors import CheckpointError
+
+CONFIG = "config.json"
+BIN = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
+BIN_SHARDS = "pytorch_model-*-of-*.bin"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """kind: "safetensors", "torch_bin" or "gguf"; path: the folder, or the GGUF file; notes: choices to be shown."""
+
+    kind: str
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
+def find_layout(path: Path) -> Layout:
+    """The checkpoint at a path: a folder or a GGUF file. Raises CheckpointError when there is none, or several."""
+    path = Path(path)
+    if path.is_file():
+        return _gguf_file(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"There is no checkpoint at {path}: no such file or folder. Give a folder or a GGUF file."
+        )
+    safetensors = (path / shards.SINGLE).exists() or (path / shards.INDEX).exists() or _any(path, "model-*-of-*.safe*")
+    torch_bin = (path / BIN).exists() or (path / BIN_INDEX).exists() or _any(path, BIN_SHARDS)
+    if safetensors:
+        notes = ("both .safetensors and .bin files are there; the .safetensors ones are read",) if torch_bin else ()
+        return Layout("safetensors", path, notes)
+    if torch_bin:
+        return Layout("torch_bin", path)
+    return _gguf_folder(path)
+
+
+def _any(folder: Path, pattern: str) -> bool:
+    return next(folder.glob(pattern), None) is not None
+
+
+def _gguf_file(path: Path) -> Layout:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        found = f"begins with {magic!r}" if magic else "has zero bytes"
+        raise CheckpointError(f"{path} is not a GGUF file: it {found}. Give a GGUF file or the folder of a checkpoint.")
+    return Layout("gguf", path)
+
+
+def _gguf_folder(folder: Path) -> Layout:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return _gguf_file(files[0])
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{folder} holds {len(files)} GGUF files: {names}. Give the one to convert by its path.")
+    wanted = f"{shards.SINGLE}, {shards.INDEX}, {BIN}, {BIN_INDEX}, *.gguf"
+    raise CheckpointError(f"{folder} holds no checkpoint: none of {wanted} is there. Is it the folder you meant?")
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a checkpoint folder. Raises CheckpointError."""
+    return read_json(folder / CONFIG)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file of a checkpoint. Raises CheckpointError."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist. Fetch it from where the weights came from.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}). Fetch it again.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, not a JSON object. Fetch it again.")
+    return found

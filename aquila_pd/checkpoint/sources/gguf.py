@@ -1,0 +1,177 @@
+"""Weights and configuration of a GGUF file of the LLaMA architecture.
+
+Such files keep q and k in the row order of interleaved rotary embedding; the dialect below says so.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ... import shards
+from ...errors import CheckpointError, InstallationError, report
+from ...families.dialect import Dialect
+from .reader import Stored
+
+ARCHITECTURE = "llama"
+DIALECT = Dialect(
+    "GGUF",
+    names={
+        "token_embd.weight": "model.embed_tokens.weight",
+        "blk.{i}.attn_q.weight": "model.layers.{i}.self_attn.q_proj.weight",
+        "blk.{i}.attn_k.weight": "model.layers.{i}.self_attn.k_proj.weight",
+        "blk.{i}.attn_v.weight": "model.layers.{i}.self_attn.v_proj.weight",
+        "blk.{i}.attn_output.weight": "model.layers.{i}.self_attn.o_proj.weight",
+        "blk.{i}.ffn_gate.weight": "model.layers.{i}.mlp.gate_proj.weight",
+        "blk.{i}.ffn_up.weight": "model.layers.{i}.mlp.up_proj.weight",
+        "blk.{i}.ffn_down.weight": "model.layers.{i}.mlp.down_proj.weight",
+        "blk.{i}.attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
+        "blk.{i}.ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    },
+    interleaved={
+        "model.layers.{i}.self_attn.q_proj.weight": "q",
+        "model.layers.{i}.self_attn.k_proj.weight": "kv",
+    },
+)
+
+# metadata key (after "llama.") -> key of a LLaMA config.json; the family checks the values
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "rope.dimension_count": "head_dim",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+}
+TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+SCALING_KEYS = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"}
+IGNORED = {
+    "expert_count": 0,  # with this value; any other makes another architecture
+    "expert_used_count": 0,
+    "attention.causal": True,
+}
+MEANINGLESS = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
+NATIVE = ("F32", "F16", "BF16", "F64")
+ROWS_AT_ONCE = 2048  # unpacking makes several temporaries of what it is given
+
+
+class GGUFReader:
+    """Maps the file; unpacks quantized tensors to float32 when they are read."""
+
+    dialect: Dialect | None = DIALECT
+
+    def __init__(self, path: Path):
+        self._gguf = _import_gguf(path)
+        try:
+            self._file = self._gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or cut off ({type(error).__name__}: {error}). Fetch the file again."
+            ) from error
+        self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
+        self.config = self._read_config(path)
+        self.stored = self._survey(path)
+        packed = sorted({stored.packed for stored in self.stored.values() if stored.packed})
+        self.notes = [f"quantized tensors ({', '.join(packed)}) are unpacked to float32"] if packed else []
+
+    def read(self, name: str) -> np.ndarray:
+        tensor, stored = self._tensors[name], self.stored[name]
+        if not stored.packed:
+            return tensor.data.view(shards.DTYPES[stored.dtype]).reshape(stored.shape)
+        out = np.empty(stored.shape, np.float32)
+        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+        flat = out.reshape(len(rows), -1)
+        for begin in range(0, len(rows), ROWS_AT_ONCE):
+            some = slice(begin, begin + ROWS_AT_ONCE)
+            flat[some] = self._gguf.dequantize(rows[some], tensor.tensor_type)
+        return out
+
+    def close(self) -> None:
+        self._tensors, self._file = {}, None
+
+    def _survey(self, path: Path) -> dict[str, Stored]:
+        stored = {}
+        findings = []
+        for name, tensor in self._tensors.items():
+            kind = tensor.tensor_type.name
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            if kind not in NATIVE and not self._can_unpack(tensor.tensor_type):
+                findings.append(f"{name} is packed as {kind}")
+            native = kind in NATIVE
+            stored[name] = Stored(kind if native else "F32", shape, path.name, packed=None if native else kind)
+        if findings:
+            advice = "The gguf package cannot unpack these kinds. Use a file quantized in another way."
+            raise CheckpointError(report(f"{path} holds tensors that cannot be read:", findings, advice))
+        return stored
+
+    def _can_unpack(self, kind) -> bool:
+        _, size = self._gguf.GGML_QUANT_SIZES[kind]
+        try:
+            self._gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError:
+            return False
+        return True
+
+    def _value(self, key: str) -> object:
+        """Metadata as Python has it; float32 as the shortest decimal that means it (1e-05, not 9.99999e-06)."""
+        value = self._file.fields[key].contents()
+        if isinstance(value, float):
+            return float(str(np.float32(value)))
+        # one count per layer, as some writers store it, is one number when all layers agree
+        return value[0] if isinstance(value, list) and value and len(set(map(str, value))) == 1 else value
+
+    def _read_config(self, path: Path) -> dict:
+        fields = self._file.fields
+        kind = self._value("general.architecture") if "general.architecture" in fields else None
+        if kind != ARCHITECTURE:
+            raise CheckpointError(f"{path} holds a model of architecture {kind!r}; only {ARCHITECTURE!r} is known.")
+        if "split.count" in fields and self._value("split.count") > 1:
+            raise CheckpointError(
+                f"{path} is one part of a split GGUF. Merge the parts first: llama-gguf-split --merge."
+            )
+        config: dict[str, object] = {"model_type": "llama", "tie_word_embeddings": "output.weight" not in self._tensors}
+        # which values the writer leaves out when they are LLaMA's own
+        config.update(rope_theta=10000.0)
+        own = {key.removeprefix("llama."): self._value(key) for key in fields if key.startswith("llama.")}
+        config.update(_translate(own))
+        for theirs, ours in TOKEN_IDS.items():
+            key = f"tokenizer.ggml.{theirs}"
+            config[ours] = self._value(key) if key in fields else None
+        if "vocab_size" not in config and "tokenizer.ggml.tokens" in fields:
+            config["vocab_size"] = len(fields["tokenizer.ggml.tokens"].data)
+        return config
+
+
+def _translate(own: dict[str, object]) -> dict[str, object]:
+    """Metadata in the words of config.json. What is not known keeps its GGUF name, and the family reports it."""
+    config: dict[str, object] = {}
+    for key, value in own.items():
+        if key in MEANINGLESS or key in SCALING_KEYS or (key in IGNORED and IGNORED[key] == value):
+            continue
+        name = CONFIG_KEYS.get(key, f"llama.{key}")
+        if config.get(name, value) != value:  # three keys for the size of a head: they must agree
+            name = f"llama.{key}"
+        config[name] = value
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear"))
+    kind = own.get("rope.scaling.type", "linear" if factor not in (None, 0, 1) else "none")
+    if kind != "none":
+        config["rope_scaling"] = {"type": kind, "factor": factor}
+    return config
+
+
+def _import_gguf(path: Path):
+    try:
+        import gguf
+    except ImportError as error:
+        raise InstallationError(
+            f"{path} can only be read with the package gguf, which is not installed.\nInstall it with "
+            f'pip install "aquila_pd[gguf]".'
+        ) from error
+    return gguf

@@ -1,0 +1,39 @@
+"""What a file format must offer to be a source."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ...families.dialect import Dialect
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in its file: safetensors dtype tag of what read() returns, shape, file name.
+
+    packed: the format's name of its own packing, such as "Q4_1", when read() has to unpack it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    packed: str | None = None
+
+
+class Reader(Protocol):
+    """Weights under the names and in the row order of their file; Source turns both into Hugging Face's.
+
+    dialect: of the format itself; None leaves it to the family. notes: what the user should be told.
+    """
+
+    config: dict
+    stored: dict[str, Stored]
+    dialect: Dialect | None
+    notes: list[str]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor [as stored], mapped where the format allows it; may be read-only."""
+
+    def close(self) -> None:
+        """Let go of files and memory."""

@@ -1,0 +1,225 @@
+"""Does the output hold what the source holds? By value, and by running both models.
+
+Nothing here shares code with the conversion's fast path: values are compared through numpy's own transpose, and the
+torch model is read from the source by transformers, which knows nothing of our table.
+"""
+
+import gc
+import io
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import shards
+from ..errors import ConfigError, InstallationError, VerificationError, report
+from ..weight_map import Weight, weights
+from .progress import Progress
+from .sources import Source
+
+BLOCK = 512  # rows and columns compared at a time; both sides of a transposed block fit the cache
+BATCH, LENGTH = 2, 96  # of the ids both models see
+# Two correct fp32 implementations differ by about 1e-5 of the logits' spread; a lost transpose by about all of it.
+TOLERANCE = 1e-3
+TORCH_EXTRA = 'Install both with pip install "aquila_pd[verify]", or verify with --verify content.'
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A check that passed. worst: the largest difference found; spread: standard deviation of the logits."""
+
+    kind: str
+    compared: int
+    sentence: str
+    worst: float = 0.0
+    spread: float | None = None
+
+
+# ---------------------------------------------------------------------------------------------------- content
+
+
+def verify_content(source: Source, output: Path) -> Verified:
+    """Read source and output again and compare every value. Raises VerificationError naming the worst tensors."""
+    wanted = weights(source.dims)
+    held = shards.read_layout(output)
+    findings = [f"missing     {weight.paddle}" for weight in wanted if weight.paddle not in held]
+    names = {weight.paddle for weight in wanted}
+    findings += [f"unexpected  {name}" for name in held if name not in names]
+    progress = Progress("verify", total=sum(info.nbytes for info in held.values()), tensors=len(held))
+    values, worst = 0, []
+    for weight in wanted:
+        if weight.paddle in held:
+            info = held[weight.paddle]
+            found = _compare_tensor(source, weight, shards.view(info))
+            worst += [found] if found else []
+            values += int(np.prod(weight.hf_shape))
+            progress.advance(info.nbytes)
+    progress.close()
+    findings += [line for _, line in sorted(worst, key=lambda pair: -pair[0])]
+    if findings:
+        headline = f"The output does not hold what {source.path} holds (worst first):"
+        raise VerificationError(report(headline, findings, "Nothing was kept. Convert again; report it if it repeats."))
+    return Verified("content", values, f"content equal ({values:,} values)")
+
+
+def _compare_tensor(source: Source, weight: Weight, output: np.ndarray) -> tuple[float, str] | None:
+    """The largest difference of one tensor and a line about it, None when all values are the same bits."""
+    tensor = source.read(weight.hf)
+    there = output.T if weight.transpose else output  # [as in the source]
+    if there.shape != tensor.shape:
+        return np.inf, f"shape       {weight.paddle}: {list(output.shape)}, its source {list(tensor.shape)}"
+    rows, there_rows = (tensor[None], there[None]) if tensor.ndim == 1 else (tensor, there)
+    differing, worst, line = 0, -1.0, ""
+    for r in range(0, rows.shape[0], BLOCK):
+        for c in range(0, rows.shape[1], BLOCK):
+            block = (slice(r, r + BLOCK), slice(c, c + BLOCK))
+            with np.errstate(over="ignore", invalid="ignore"):
+                wanted = rows[block].astype(output.dtype)
+            found = np.ascontiguousarray(there_rows[block])
+            unequal = _bits(wanted) != _bits(found)
+            if not unequal.any():
+                continue
+            differing += int(unequal.sum())
+            size, at = _largest(wanted, found, unequal)
+            if size > worst:
+                worst, place = size, (r + at[0], c + at[1])[-tensor.ndim :]
+                line = f"at {list(map(int, place))} the source says {wanted[at]}, the output {found[at]}"
+    shards.release(tensor)
+    shards.release(output)
+    return (worst, f"values      {weight.paddle}: {differing:,} of {tensor.size:,}; {line}") if differing else None
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return values.view(f"u{values.itemsize}")
+
+
+def _largest(a: np.ndarray, b: np.ndarray, unequal: np.ndarray) -> tuple[float, tuple[int, int]]:
+    """The largest difference of two blocks and its place; a NaN on one side counts as infinite."""
+    with np.errstate(invalid="ignore"):
+        size = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    size = np.where(unequal, np.where(np.isnan(size), np.inf, size), -1.0)
+    row, column = np.unravel_index(int(size.argmax()), size.shape)
+    return float(size[row, column]), (int(row), int(column))
+
+
+# ---------------------------------------------------------------------------------------------------- logits
+
+
+def check_logits_possible(source: Source) -> None:
+    """Raise before the conversion what would otherwise be found after it."""
+    if not source.family.runs_as_llama:
+        raise ConfigError(
+            f"Logits of family {source.family.name} cannot be compared: transformers does not read its files.\n"
+            "Use --verify content."
+        )
+    missing = []
+    for name in ("torch", "transformers", *(("gguf",) if source.layout.kind == "gguf" else ())):
+        try:
+            __import__(name)
+        except ImportError as error:
+            missing.append(f"{name}: {error}")
+    if missing:
+        raise InstallationError(report("--verify logits runs torch beside Paddle; not usable:", missing, TORCH_EXTRA))
+
+
+def verify_logits(source: Source, output: Path, *, rounded_to: str | None = None) -> Verified:
+    """Run transformers on the source and Paddle on the output, fp32, same ids. Raises VerificationError.
+
+    rounded_to: the dtype the conversion was asked to cast to; the reference's weights are rounded alike.
+    """
+    ids = token_ids(source.fields["vocab_size"], source.fields["max_position_embeddings"])
+    theirs = torch_logits(source, ids, rounded_to=rounded_to)
+    gc.collect()  # two fp32 models at once may not fit
+    ours = paddle_logits(output, ids)
+    return compare_logits(theirs, ours, ids)
+
+
+def token_ids(vocab: int, positions: int) -> np.ndarray:
+    """Fixed pseudo-random ids [B, T], long enough for rotary embedding to matter."""
+    return np.random.default_rng(20231121).integers(0, vocab, (BATCH, min(LENGTH, positions)))
+
+
+def compare_logits(theirs: np.ndarray, ours: np.ndarray, ids: np.ndarray) -> Verified:
+    """Compare logits [B, T, V]; raises VerificationError with the worst position."""
+    difference = np.abs(theirs.astype(np.float64) - ours)
+    difference = np.where(np.isnan(difference), np.inf, difference)
+    row, position, token = (int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
+    spread = float(theirs.std())
+    worst = float(difference[row, position, token])
+    place = f"worst at row {row}, position {position}, vocabulary id {token}"
+    values = f"torch {theirs[row, position, token]:.6f}, Paddle {ours[row, position, token]:.6f}"
+    if not worst <= TOLERANCE * spread:
+        raise VerificationError(
+            f"The two models do not compute the same: logits differ by up to {worst:.3g}, allowed is {TOLERANCE:g} of "
+            f"their spread {spread:.3g}.\n  {place} (input id {ids[row, position]}): {values}\n"
+            "Nothing was kept. Convert again with --verify content to see whether values were lost."
+        )
+    sentence = f"logits equal within {worst:.2g} (spread {spread:.3g}, {place}: {values})"
+    return Verified("logits", theirs.size, sentence, worst, spread)
+
+
+def torch_logits(source: Source, ids: np.ndarray, *, rounded_to: str | None = None) -> np.ndarray:
+    """Logits [B, T, V] of the source on torch."""
+    import torch
+
+    model = torch_model(source)
+    if rounded_to:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, rounded_to)).float()
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).logits.numpy()
+
+
+def torch_model(source: Source):
+    """transformers' LlamaForCausalLM in fp32, read from the source by transformers itself."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder, extra = _gguf_model(source) if source.layout.kind == "gguf" else _folder_model(source)
+    model, loading = transformers.LlamaForCausalLM.from_pretrained(
+        folder, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **extra
+    )
+    if loading["missing_keys"]:  # transformers would compare with random numbers
+        raise VerificationError(f"transformers finds no {sorted(loading['missing_keys'])} in {source.path}.")
+    return model.eval()
+
+
+def _folder_model(source: Source) -> tuple[Path, dict]:
+    """Where transformers reads weights, and the config it is given: it knows no model_type "aquila"."""
+    from transformers import LlamaConfig
+
+    known = {key: value for key, value in source.config.items() if key not in ("model_type", "auto_map")}
+    return source.path, {"config": LlamaConfig(**known), "use_safetensors": source.layout.kind == "safetensors"}
+
+
+def _gguf_model(source: Source) -> tuple[None, dict]:
+    """Config and weights as transformers' own GGUF reader has them (from_pretrained would ask for accelerate)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, modeling_gguf_pytorch_utils
+
+    path = str(source.path)
+    with redirect_stderr(io.StringIO()):  # its progress bars
+        config = LlamaConfig(**modeling_gguf_pytorch_utils.load_gguf_checkpoint(path)["config"])
+        scaling = source.fields["rope_scaling"]  # which transformers leaves unread
+        config.rope_scaling = scaling and {"rope_type": scaling["type"], "factor": scaling["factor"]}
+        with torch.device("meta"):
+            names = LlamaForCausalLM(config)
+        read = modeling_gguf_pytorch_utils.load_gguf_checkpoint(path, return_tensors=True, model_to_load=names)
+    return None, {"config": config, "state_dict": read["tensors"]}
+
+
+def paddle_logits(output: Path, ids: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] of the converted folder."""
+    import paddle
+    from paddlenlp.utils.log import logger
+
+    from ..modeling import AquilaForCausalLM
+
+    logger.set_level("WARNING")
+    model = AquilaForCausalLM.from_pretrained(str(output), dtype="float32")
+    model.eval()
+    with paddle.no_grad():
+        return model(paddle.to_tensor(ids))[0].numpy()
