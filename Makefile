@@ -28,7 +28,7 @@ $(STAMP): setup.py pyproject.toml aquila_pd/versions.py requirements/tested.txt
 	@touch $@
 	@echo "Installed: $$($(BIN)/python -V), $$($(BIN)/python -m pip list 2>/dev/null | tail -n +3 | wc -l) packages."
 
-test: $(STAMP)
+test: $(DEMO)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: lint
