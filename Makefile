@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := $(VENV)/.demo
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST_ARGS ?=
+VOCAB ?= ../shared/tokenizer
 
 .PHONY: help venv test check lint format demo bench clean distclean
 
@@ -24,7 +25,7 @@ venv: $(STAMP)
 $(STAMP): setup.py pyproject.toml aquila_pd/versions.py requirements/tested.txt
 	@echo "Installing the tested packages into $(VENV): about 3 GB and a few minutes the first time."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) -c requirements/tested.txt -e ".[cpu,test,bench,dev]"
+	@$(PIP) -c requirements/tested.txt -e ".[cpu,test,dev]"
 	@touch $@
 	@echo "Installed: $$($(BIN)/python -V), $$($(BIN)/python -m pip list 2>/dev/null | tail -n +3 | wc -l) packages."
 
@@ -49,8 +50,11 @@ $(DEMO): requirements/demo.txt $(STAMP)
 demo: $(DEMO)
 	@$(BIN)/python examples/demo.py
 
-bench: $(DEMO)
-	@$(BIN)/python -m benchmarks
+# The tokenizer's part wants a folder with vocab.json and merges.txt: make bench VOCAB=FOLDER
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/convert.py
+	@$(BIN)/python benchmarks/load.py
+	@$(BIN)/python benchmarks/tokenizer.py --vocab $(VOCAB)
 
 clean:
 	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache

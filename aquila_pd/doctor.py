@@ -98,7 +98,6 @@ def _not_installed(row: Pin) -> PackageRow:
     notes = {
         "verify": "only for .bin sources, `--verify logits` and the tests",
         "gguf": "only for GGUF sources",
-        "bench": "only for the benchmarks",
         "test": "only for the tests",
         "dev": "only for `make check`",
     }

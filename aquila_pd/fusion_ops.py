@@ -237,7 +237,7 @@ TWINS = (
         attention,
         fused_attention,
         _sample_attention,
-        {"cpu": "Paddle's CPU kernel is slower than grouped matrix products (benchmarks/RESULTS.md)"},
+        {"cpu": "its kernel takes many times as long for single tokens (benchmarks/RESULTS.md)"},
     ),
 )
 

@@ -102,8 +102,6 @@ PINS = (
     Pin("gguf", ">=0.19,<0.20", "0.19.0", "reads GGUF checkpoints", extra="gguf"),
     Pin("pytest", "==9.2.0", "9.2.0", "runs the tests", extra="test"),
     Pin("pytest-timeout", ">=2.4", "2.4.0", "ends a test that hangs", extra="test"),
-    Pin("psutil", ">=7.2", "7.2.2", "memory figures", extra="bench"),
-    Pin("tiktoken", ">=0.14", "0.14.0", "a second tokenizer to compare speed with", extra="bench"),
     Pin("ruff", "==0.17.6", "0.17.6", "lint and format; the layout depends on its version", extra="dev"),
     Pin(
         "paddleformers",
