@@ -57,26 +57,29 @@ class RotaryEmbedding:
         self.max_positions = config.max_position_embeddings
         scaling = config.rope_scaling or {"type": "none", "factor": 1.0}
         self.type, self.factor = scaling["type"], scaling["factor"]
+        self._inv_freq = None, None  # the last base and its frequencies, so that a decoding step need not make them
 
     def __call__(self, position_ids, key_length: int, dtype):
         """position_ids [B, T] -> cos, sin [B, T, 1, H] of the given dtype."""
         positions = position_ids.astype("float32")
         if self.type == "linear":
             positions = positions / self.factor
-        inv_freq = paddle.to_tensor(self.inverse_frequencies(key_length))
-        angles = positions.unsqueeze(-1) * inv_freq  # [B, T, H/2]
+        angles = positions.unsqueeze(-1) * self.inverse_frequencies(key_length)  # [B, T, H/2]
         angles = paddle.concat([angles, angles], axis=-1).unsqueeze(2)  # [B, T, 1, H]
         return paddle.cos(angles).astype(dtype), paddle.sin(angles).astype(dtype)
 
-    def inverse_frequencies(self, key_length: int) -> np.ndarray:
+    def inverse_frequencies(self, key_length: int):
         """1 / base ** (2i / H), float32 [H/2]."""
         base, d = self.base, self.head_dim
         if self.type == "dynamic" and key_length > self.max_positions:
             stretch = self.factor * key_length / self.max_positions - (self.factor - 1)
             base = base * stretch ** (d / (d - 2))
-        exponents = np.arange(0, d, 2, dtype=np.float32) / np.float32(d)
-        # The power in double, rounded once: what a correctly rounded fp32 power gives.
-        return np.float32(1) / np.power(base, exponents.astype(np.float64)).astype(np.float32)
+        if self._inv_freq[0] != base:
+            exponents = np.arange(0, d, 2, dtype=np.float32) / np.float32(d)
+            # The power in double, rounded once: what a correctly rounded fp32 power gives.
+            powers = np.power(base, exponents.astype(np.float64)).astype(np.float32)
+            self._inv_freq = base, paddle.to_tensor(np.float32(1) / powers)
+        return self._inv_freq[1]
 
 
 class Attention(nn.Layer):

@@ -92,6 +92,7 @@ def test_the_published_usage_text_runs_without_the_package(converted):
     assert len(text) > 5 and printed == str([text])
 
 
+@pytest.mark.slow
 def test_the_flat_modules_serve_the_auto_classes_too(converted):
     folder, _, _ = converted
     code = """
@@ -130,6 +131,7 @@ def test_loading_and_saving_again_gives_the_same_bytes(converted, tmp_path):
     assert digests(tmp_path)["model.safetensors"] == digests(folder)["model.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["configuration", "tokenizer", "modeling", "pretrained", "fusion_ops"])
 def test_any_module_may_be_imported_first(module):
     code = f"import aquila_pd.{module}; from aquila_pd import AquilaForCausalLM, AquilaTokenizer; print('fine')"

@@ -65,6 +65,7 @@ def test_auto_classes_load_a_saved_folder(saved, tokens):
     assert_close(base(tokens)[0], model.aquila(tokens)[0], 0.0)
 
 
+@pytest.mark.slow
 def test_registration_works_in_either_import_order(folder):
     for first, second in (("aquila_pd", "paddlenlp.transformers"), ("paddlenlp.transformers", "aquila_pd")):
         code = (

@@ -11,6 +11,8 @@ import pytest
 from test_converted_folder import write_tokenizer
 from twins import torch_model
 
+pytestmark = pytest.mark.slow  # each command and each piece of Python is a process that loads PaddleNLP
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = "AquilaChat2-34B"
