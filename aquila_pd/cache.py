@@ -1,13 +1,16 @@
 """Key/value cache of one batch: preallocated per layer, appended in place.
 
 Layout [B, K, C, H] (B batch, K key/value heads, C capacity, H head size): each head's keys are contiguous, so a
-step reads them as one matrix. Reading PaddleNLP's [B, S, K, H] instead transposes all of it at every step, which
-at 2048 tokens costs a hundred times as much.
+step reads them as one matrix. Reading PaddleNLP's [B, S, K, H] instead transposes all of it at every step, and
+reading only the first S of C keys copies them: attention is given whole buffers, and a mask for what is not there.
 """
 
 import paddle
 
-_ROUND = 128  # capacities are multiples of this, so that short prompts do not grow at every step
+from .errors import AquilaError
+
+_ROUND = 128  # capacities are multiples of this
+_GROWTH = 1.25  # room beyond what is asked for, so that copies stay rare and the masked rest small
 
 
 class KVCache:
@@ -17,6 +20,7 @@ class KVCache:
     """
 
     def __init__(self, num_layers: int):
+        self.capacity = 0
         self._keys: list = [None] * num_layers
         self._values: list = [None] * num_layers
         self._lengths = [0] * num_layers
@@ -26,56 +30,65 @@ class KVCache:
         """Tokens held by every layer (S)."""
         return self._lengths[-1]
 
+    def reserve(self, more: int) -> int:
+        """Make room for this many more tokens; returns the capacity C the buffers will have."""
+        needed = self.length + more
+        if needed > self.capacity:
+            wanted = needed if not self.length else max(needed, int(self.capacity * _GROWTH))
+            self.capacity = -(-wanted // _ROUND) * _ROUND
+        return self.capacity
+
     def append(self, layer: int, k, v):
-        """Add k, v [B, K, T, H]; returns everything held, [B, K, S, H] each."""
+        """Add k, v [B, K, T, H]; returns the layer's buffers [B, K, C, H], zero beyond what is held."""
         start, end = self._lengths[layer], self._lengths[layer] + k.shape[2]
-        self._keys[layer] = _reserve(self._keys[layer], k, end)
-        self._values[layer] = _reserve(self._values[layer], v, end)
+        if end > self.capacity:
+            self.reserve(k.shape[2])
+        self._keys[layer] = _grown(self._keys[layer], k, self.capacity)
+        self._values[layer] = _grown(self._values[layer], v, self.capacity)
         self._keys[layer][:, :, start:end] = k
         self._values[layer][:, :, start:end] = v
         self._lengths[layer] = end
-        return self._held(layer)
+        return self._keys[layer], self._values[layer]
 
     def reorder(self, index) -> None:
         """Row b becomes the old row index[b]: what beam search does after each step."""
-        self._keys = [paddle.index_select(k, index, axis=0) for k in self._keys]
-        self._values = [paddle.index_select(v, index, axis=0) for v in self._values]
+        if self.length:
+            self._keys = [paddle.index_select(k, index, axis=0) for k in self._keys]
+            self._values = [paddle.index_select(v, index, axis=0) for v in self._values]
 
     @classmethod
-    def from_tuple(cls, pairs) -> "KVCache":
-        """From PaddleNLP's tuple of (k, v), each [B, S, K, H]."""
-        cache = cls(len(pairs))
+    def from_tuple(cls, pairs, num_layers: int) -> "KVCache":
+        """From PaddleNLP's tuple of (k, v), each [B, S, K, H], one pair for each layer."""
+        if len(pairs) not in (0, num_layers) or any(len(pair) != 2 or pair[0] is None for pair in pairs):
+            raise AquilaError(
+                f"past_key_values has {len(pairs)} entries; expected {num_layers} pairs of (keys, values), one a layer."
+            )
+        cache = cls(num_layers)
         for layer, (k, v) in enumerate(pairs):
             cache.append(layer, k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3]))
         return cache
 
     def to_tuple(self) -> tuple:
-        """As PaddleNLP's tuple of (k, v), each [B, S, K, H]."""
-        return tuple(self)
+        """As PaddleNLP's tuple of (k, v), each [B, S, K, H]; empty when nothing is held."""
+        return tuple(self) if self.length else ()
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __getitem__(self, layer: int) -> tuple:
-        k, v = self._held(layer)
-        return k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])
+        held = [buffer[layer][:, :, : self._lengths[layer]] for buffer in (self._keys, self._values)]
+        return tuple(x.transpose([0, 2, 1, 3]) for x in held)
 
     def __iter__(self):
         return (self[layer] for layer in range(len(self)))
 
-    def _held(self, layer: int):
-        end = self._lengths[layer]
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
-
-def _reserve(buffer, new, length: int):
-    """A buffer of at least this length that begins with what the old one held. Doubling keeps copies rare."""
-    if buffer is not None and buffer.shape[2] >= length:
+def _grown(buffer, new, capacity: int):
+    """A buffer of this capacity that begins with what the old one held."""
+    if buffer is not None and buffer.shape[2] >= capacity:
         return buffer
     B, K, _, H = new.shape
-    held = 0 if buffer is None else buffer.shape[2]
-    capacity = -(-max(length, 2 * held) // _ROUND) * _ROUND
     grown = paddle.zeros([B, K, capacity, H], dtype=new.dtype)
     if buffer is not None:
-        grown[:, :, :held] = buffer
+        grown[:, :, : buffer.shape[2]] = buffer
     return grown

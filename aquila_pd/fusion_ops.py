@@ -17,6 +17,10 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from .masks import causal_mask
+
+QUERY_BLOCK = 256  # queries at a time in plain attention: its scores take N * 256 * S numbers, not N * T * S
+
 # --------------------------------------------------------------------------------------------- the twins
 
 
@@ -80,8 +84,15 @@ def attention(q, k, v, mask):
     q [B, T, N, H]; k, v [B, K, S, H], the cache's layout; mask boolean [B or 1, 1, T, S], True where a query may
     look, or None when every query may look everywhere. Returns [B, T, N, H]. Softmax is in fp32.
     """
-    y, _ = attention_with_weights(q, k, v, mask)
-    return y
+    T = q.shape[1]
+    if T <= QUERY_BLOCK:
+        return attention_with_weights(q, k, v, mask)[0]
+    blocks = []
+    for t in range(0, T, QUERY_BLOCK):
+        some = slice(t, t + QUERY_BLOCK)
+        rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, some]
+        blocks.append(attention_with_weights(q[:, some], k, v, rows)[0])
+    return paddle.concat(blocks, axis=1)
 
 
 def attention_with_weights(q, k, v, mask):
@@ -347,26 +358,3 @@ def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = next((line for line in lines if "Error" in line or "not registered" in line), lines[0] if lines else "")
     return (telling or type(error).__name__).removeprefix("(NotFound) ")[:160].rstrip(".")
-
-
-# ------------------------------------------------------------------------------------------- the mask
-
-
-def causal_mask(keep, T: int):
-    """The one boolean mask [B, 1, T, S] of T queries that stand at the end of S keys.
-
-    keep: [B, S] bool, False at padding. A query sees the kept keys up to its own place, and always itself, so
-    that no row of the softmax is empty (pads included; nobody reads what they compute).
-
-        keys      p p a b c        p: padding
-        query p   x . . . .
-        query p   . x . . .
-        query a   . . x . .
-        query b   . . x x .
-        query c   . . x x x
-    """
-    S = keep.shape[1]
-    key = paddle.arange(S).unsqueeze(0)  # [1, S]
-    query = paddle.arange(S - T, S).unsqueeze(1)  # [T, 1]
-    sees = keep.unsqueeze([1, 2]) & (key <= query)  # [B, 1, T, S]
-    return sees | (key == query)

@@ -1,8 +1,8 @@
 """The Aquila2 decoder on Paddle, from leaf to root. Numerics follow the original torch implementation.
 
 Loading and saving are in pretrained.py, generate() in paddlenlp_generate.py, kernels in fusion_ops.py.
-Letters in shapes: B batch, T query length, S key length, D hidden, N query heads, K key/value heads, H head size,
-V vocabulary, L layers.
+Letters in shapes: B batch, T query length, S key length, C key length with the cache's spare room, D hidden,
+N query heads, K key/value heads, H head size, V vocabulary, L layers.
 """
 
 # isort: off
@@ -24,11 +24,13 @@ from paddlenlp.transformers.model_outputs import (
 from .cache import KVCache
 from .configuration import AquilaConfig
 from .errors import AquilaError
-from .fusion_ops import Ops, attention_with_weights, causal_mask, select
+from .fusion_ops import Ops, attention_with_weights, select
+from .masks import causal_mask, full_mask, hide_beyond, keep_mask, positions
 from .paddlenlp_generate import AquilaGeneration
 from .pretrained import AquilaPretrainedModel
 
 IGNORE = -100  # a label that is not trained on
+HALF = (paddle.float16, paddle.bfloat16)
 
 
 class RMSNorm(nn.Layer):
@@ -45,7 +47,7 @@ class RMSNorm(nn.Layer):
 
 
 class RotaryEmbedding:
-    """Angles of the rotary embedding: fp32 always, also in a half-precision model, and cast at the end.
+    """Angles of the rotary embedding: fp32 always, also in a half-precision model.
 
     Linear scaling divides positions by the factor. Dynamic NTK stretches the base once the keys are longer than
     max_position_embeddings; here it is a function of the key length alone, so a long input leaves no trace.
@@ -57,16 +59,16 @@ class RotaryEmbedding:
         self.max_positions = config.max_position_embeddings
         scaling = config.rope_scaling or {"type": "none", "factor": 1.0}
         self.type, self.factor = scaling["type"], scaling["factor"]
-        self._inv_freq = None, None  # the last base and its frequencies, so that a decoding step need not make them
+        self._made = None, None  # the last frequencies and what for, so that a decoding step need not make them
 
-    def __call__(self, position_ids, key_length: int, dtype):
-        """position_ids [B, T] -> cos, sin [B, T, 1, H] of the given dtype."""
+    def __call__(self, position_ids, key_length: int):
+        """position_ids [B, T] -> cos, sin [B, T, 1, H], fp32; attention casts them to what it computes in."""
         positions = position_ids.astype("float32")
         if self.type == "linear":
             positions = positions / self.factor
         angles = positions.unsqueeze(-1) * self.inverse_frequencies(key_length)  # [B, T, H/2]
         angles = paddle.concat([angles, angles], axis=-1).unsqueeze(2)  # [B, T, 1, H]
-        return paddle.cos(angles).astype(dtype), paddle.sin(angles).astype(dtype)
+        return paddle.cos(angles), paddle.sin(angles)
 
     def inverse_frequencies(self, key_length: int):
         """1 / base ** (2i / H), float32 [H/2]."""
@@ -74,12 +76,15 @@ class RotaryEmbedding:
         if self.type == "dynamic" and key_length > self.max_positions:
             stretch = self.factor * key_length / self.max_positions - (self.factor - 1)
             base = base * stretch ** (d / (d - 2))
-        if self._inv_freq[0] != base:
+        what_for = base, paddle.device.get_device()
+        made_for, made = self._made
+        if made_for != what_for:
             exponents = np.arange(0, d, 2, dtype=np.float32) / np.float32(d)
             # The power in double, rounded once: what a correctly rounded fp32 power gives.
             powers = np.power(base, exponents.astype(np.float64)).astype(np.float32)
-            self._inv_freq = base, paddle.to_tensor(np.float32(1) / powers)
-        return self._inv_freq[1]
+            made = paddle.to_tensor(np.float32(1) / powers)
+            self._made = what_for, made  # one assignment: threads with other lengths may do the same
+        return made
 
 
 class Attention(nn.Layer):
@@ -105,10 +110,12 @@ class Attention(nn.Layer):
         q = q.reshape([B, T, self.N, self.H])
         k = k.reshape([B, T, self.K, self.H])
         v = v.reshape([B, T, self.K, self.H])
+        if cos.dtype != q.dtype:  # half precision, or mixed: then x is fp32 and q is not
+            cos, sin = cos.astype(q.dtype), sin.astype(q.dtype)
         q, k = self.ops.rope(q, k, cos, sin)
         k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, K, T, H]
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # [B, K, S, H]
+            k, v = cache.append(self.layer, k, v)  # [B, K, C, H], the mask hides what is beyond S
         if output_attentions:  # only the plain twin has the weights
             y, weights = attention_with_weights(q, k, v, mask)  # [B, T, N, H]
         else:
@@ -151,39 +158,6 @@ class DecoderLayer(nn.Layer):
         x = x + self.mlp(self.post_attention_layernorm(x))
         # A single tensor otherwise: Paddle's recompute wants it.
         return (x, weights) if output_attentions else x
-
-
-def keep_mask(attention_mask, B: int, S: int):
-    """The boolean [B, S] (True at real tokens) out of a 2-D mask of 0/1 or booleans, or of None."""
-    if attention_mask is None:
-        return paddle.ones([B, S], dtype="bool")
-    if list(attention_mask.shape) != [B, S]:
-        raise AquilaError(
-            f"attention_mask has shape {list(attention_mask.shape)}; expected [{B}, {S}], one entry for every key, "
-            "cached tokens included, or a 4-D boolean mask."
-        )
-    return attention_mask.astype("bool")
-
-
-def boolean_mask(attention_mask, keep, T: int):
-    """What query t may look at, [B, 1, T, S], from whatever the caller gave; None when there is no restriction.
-
-    A 4-D mask is taken as final, as PaddleNLP's data tools mean it: True (or nonzero) where a query may look; a
-    floating one is additive, 0 where it may look.
-    """
-    if attention_mask is not None and attention_mask.ndim == 4:
-        if attention_mask.is_floating_point():
-            return attention_mask >= 0
-        return attention_mask.astype("bool")
-    if T == 1 and attention_mask is None:
-        return None
-    return causal_mask(keep, T)
-
-
-def positions(keep, T: int):
-    """Position of each of the last T tokens, [B, T]: padding does not count and itself stands at 1, as upstream."""
-    counted = paddle.cumsum(keep.astype("int64"), axis=-1) - 1
-    return paddle.where(keep, counted, paddle.ones_like(counted))[:, -T:]
 
 
 @register_base_model
@@ -234,9 +208,10 @@ class AquilaModel(AquilaPretrainedModel):
         Args:
             input_ids: int [B, T]; or inputs_embeds [B, T, D] in its place.
             position_ids: int [B, T]; by default counted from attention_mask, so left padding needs nothing more.
-            attention_mask: [B, S] of 1/0 or booleans for all S keys, cached ones included; or 4-D, taken as final.
+            attention_mask: [B, S] of 1/0 or booleans for all S keys, cached ones included;
+                3-D [B, T, S] and 4-D [B, 1, T, S] masks are taken as final.
             past_key_values: a KVCache (appended in place), or PaddleNLP's tuple of (k, v) [B, S, K, H].
-            use_cache: return the cache; default is the config's, and False under recompute.
+            use_cache: return the cache; default is the config's in evaluation, False in training.
 
         Returns:
             BaseModelOutputWithPast, or without return_dict the tuple of what is not None among last hidden state
@@ -251,47 +226,69 @@ class AquilaModel(AquilaPretrainedModel):
             raise AquilaError("Give either input_ids or inputs_embeds, and not both.")
 
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        if x.dtype in HALF and x.place.is_cpu_place():
+            raise AquilaError(f"Paddle has no CPU kernels to compute in {x.dtype}. Load the model as float32.")
         B, T, _ = x.shape
-        recomputing = self.enable_recompute and self.training and not x.stop_gradient
-        use_cache = (config.use_cache if use_cache is None else use_cache) and not recomputing
-        given_tuple = past_key_values is not None and not isinstance(past_key_values, KVCache)
-        cache = KVCache.from_tuple(past_key_values) if given_tuple else past_key_values
-        if cache is None and use_cache:
-            cache = KVCache(config.num_hidden_layers)
+        # Without weights to show: they would have to outlive the layer that recompute forgets.
+        recomputing = self.enable_recompute and self.training and paddle.is_grad_enabled() and not output_attentions
+        if recomputing and (use_cache or past_key_values is not None):
+            raise AquilaError("Recompute runs each layer twice and cannot fill a cache; pass use_cache=False.")
+        cache, given_tuple = self._cache(past_key_values, use_cache)
         S = T + (cache.length if cache is not None else 0)
+        C = S if cache is None else cache.reserve(T)  # the keys attention sees: S, and what the cache has room for
 
-        keep = keep_mask(attention_mask if attention_mask is None or attention_mask.ndim == 2 else None, B, S)
-        mask = boolean_mask(attention_mask, keep, T)
+        by_row = attention_mask is not None and attention_mask.ndim != 2
+        keep = keep_mask(None if by_row else attention_mask, B, S)
+        mask = full_mask(attention_mask, B, T, S) if by_row else causal_mask(keep, T)  # [B or 1, 1, T or 1, S]
+        mask = hide_beyond(mask, C)
         if position_ids is None:
             position_ids = positions(keep, T)
-        cos, sin = self.rotary(position_ids, S, x.dtype)
+        cos, sin = self.rotary(position_ids, S)
 
         hidden_states, attentions = [x], []
         for layer in self.layers:
-            if recomputing and not output_attentions:
-                x = recompute(layer, x, cos, sin, mask)
+            if recomputing:
+                # Under frozen embeddings (LoRA) x has no gradient, which the reentrant form would take for an end.
+                x = recompute(layer, x, cos, sin, mask, use_reentrant=not x.stop_gradient)
             else:
                 x = layer(x, cos, sin, mask, cache, output_attentions)
             if output_attentions:
                 x, weights = x
-                attentions.append(weights)
+                attentions.append(weights[..., :S])
             hidden_states.append(x)
         x = self.norm(x)
         hidden_states[-1] = x
 
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=(cache.to_tuple() if given_tuple else cache) if use_cache else None,
+            past_key_values=cache.to_tuple() if given_tuple else cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
         return output if return_dict else _as_tuple(output)
+
+    def _cache(self, past_key_values, use_cache: bool | None):
+        """The cache to append to or None, and whether the caller speaks in tuples.
+
+        By default there is one outside of training, as the config says; nobody generates while training.
+        """
+        wanted = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if past_key_values is None:
+            return (KVCache(self.config.num_hidden_layers) if wanted else None), False
+        if isinstance(past_key_values, KVCache):
+            return past_key_values, False
+        return KVCache.from_tuple(past_key_values, self.config.num_hidden_layers), True
 
 
 def _as_tuple(output: BaseModelOutputWithPast) -> tuple:
     # By hand: ModelOutput.to_tuple() would walk into the cache.
     values = (output.last_hidden_state, output.past_key_values, output.hidden_states, output.attentions)
     return tuple(v for v in values if v is not None)
+
+
+def _unless_a_loss_is_wanted(use_cache: bool | None, labels) -> bool | None:
+    """No cache by default beside a loss: the Trainer's evaluation gathers all outputs and cannot gather a cache."""
+    return False if use_cache is None and labels is not None else use_cache
 
 
 class AquilaPretrainingCriterion(nn.Layer):
@@ -351,12 +348,14 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         without what is None.
         """
         return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        if labels is not None and logits_to_keep:
+            raise AquilaError("labels need the logits of every position: leave logits_to_keep at 0.")
         output = self.aquila(
             input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=_unless_a_loss_is_wanted(use_cache, labels),
             past_key_values=past_key_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -409,7 +408,7 @@ class AquilaForSequenceClassification(AquilaPretrainedModel):
             position_ids=position_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=_unless_a_loss_is_wanted(use_cache, labels),
             past_key_values=past_key_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,

@@ -18,7 +18,8 @@ import paddle  # noqa: E402
 from harness import machine  # noqa: E402
 
 import aquila_pd  # noqa: E402, F401  before paddle, for its choice of matrix kernels
-from aquila_pd.fusion_ops import TWINS, causal_mask  # noqa: E402
+from aquila_pd.fusion_ops import TWINS  # noqa: E402
+from aquila_pd.masks import causal_mask  # noqa: E402
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD = 1024, 4096, 16, 4, 64
 

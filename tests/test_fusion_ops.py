@@ -7,6 +7,7 @@ from twins import assert_close, ids, paddle_model, shifted, torch_model
 
 from aquila_pd import fusion_ops
 from aquila_pd.fusion_ops import TWINS, Choice
+from aquila_pd.masks import causal_mask
 
 TWIN = {twins.name: twins for twins in TWINS}
 
@@ -32,7 +33,7 @@ def test_attention_equals_the_formula():
     """Against per-head numpy with repeated keys: the grouping of heads is not taken from the code under test."""
     rng = np.random.default_rng(5)
     q, k, v = (rng.standard_normal(s).astype("float32") for s in ([2, 3, 6, 8], [2, 2, 5, 8], [2, 2, 5, 8]))
-    mask = fusion_ops.causal_mask(paddle.to_tensor([[True] * 5, [False, True, True, True, True]]), 3)
+    mask = causal_mask(paddle.to_tensor([[True] * 5, [False, True, True, True, True]]), 3)
     found = fusion_ops.attention(*map(paddle.to_tensor, (q, k, v)), mask).numpy()
     for b in range(2):
         for head in range(6):

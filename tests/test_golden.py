@@ -103,7 +103,7 @@ def _rotary(head_dim: int, **scaling) -> RotaryEmbedding:
 def test_angles_are_exact(ops, kind, length, head_dim):
     """One unit in the last place of cos at most: frequencies and products must be the same bits to get there."""
     rotary = _rotary(head_dim, **SCALINGS[kind])
-    cos, sin = rotary(paddle.to_tensor([[length - 1]]), length, "float32")
+    cos, sin = rotary(paddle.to_tensor([[length - 1]]), length)
     prefix = f"rope.{kind}.hd{head_dim}.s{length}"
     assert_close(cos.flatten(), ops[f"{prefix}.cos_last"], 1e-7, "cos")
     assert_close(sin.flatten(), ops[f"{prefix}.sin_last"], 1e-7, "sin")
@@ -112,15 +112,15 @@ def test_angles_are_exact(ops, kind, length, head_dim):
 def test_dynamic_scaling_forgets_a_long_input(ops):
     """Upstream keeps the stretched base after a long input; ours depends on the length at hand alone."""
     rotary = _rotary(32, **SCALINGS["dyn2"])
-    rotary(paddle.to_tensor([[99]]), 100, "float32")
-    cos, _ = rotary(paddle.to_tensor([[63]]), 64, "float32")
+    rotary(paddle.to_tensor([[99]]), 100)
+    cos, _ = rotary(paddle.to_tensor([[63]]), 64)
     assert_close(cos.flatten(), ops["rope.dyn2.hd32.s64.cos_last"], 1e-7)
     with pytest.raises(AssertionError):
         assert_close(cos.flatten(), ops["rope.dyn2.hd32.after100_s64.cos_last"], 1e-2)
 
 
 def test_rotation(ops):
-    cos, sin = _rotary(32)(paddle.to_tensor(ops["apply.pos"]), 5, "float32")
+    cos, sin = _rotary(32)(paddle.to_tensor(ops["apply.pos"]), 5)
     q, k = (paddle.to_tensor(ops[f"apply.{name}"]).transpose([0, 2, 1, 3]) for name in "qk")
     q, k = rope(q, k, cos, sin)
     assert_close(q.transpose([0, 2, 1, 3]), ops["apply.q_out"], 1e-6)

@@ -22,7 +22,8 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
     {"checkpoint"},
 )
 MODEL = (
-    {"configuration", "fusion_ops", "cache", "tokenizer"},
+    {"configuration", "masks", "cache", "tokenizer"},
+    {"fusion_ops"},
     {"paddlenlp_generate"},
     {"pretrained"},
     {"modeling"},

@@ -16,7 +16,7 @@ from aquila_pd import (
 )
 from aquila_pd.cache import KVCache
 from aquila_pd.errors import AquilaError, ConfigError
-from aquila_pd.fusion_ops import causal_mask
+from aquila_pd.masks import causal_mask
 
 
 @pytest.fixture
@@ -76,8 +76,11 @@ def test_cache_grows_and_keeps_what_it_held():
     for size in (1, 100, 27, 1, 129, 42):
         k, v = cache.append(0, tensor(whole[:, :, start : start + size]), tensor(-whole[:, :, start : start + size]))
         start += size
-        assert (k.numpy() == whole[:, :, :start]).all() and (v.numpy() == -whole[:, :, :start]).all()
-    assert cache.length == start == 300
+        assert (k.numpy()[:, :, :start] == whole[:, :, :start]).all()
+        assert (v.numpy()[:, :, :start] == -whole[:, :, :start]).all()
+        assert (k.numpy()[:, :, start:] == 0).all() and k.shape[2] == cache.capacity >= start
+    assert cache.length == start == 300 and cache.capacity < 2 * 300
+    assert cache[0][0].shape == [2, 300, 3, 4]
 
 
 @paddle.no_grad()
@@ -313,4 +316,4 @@ def test_training_and_evaluation_agree():
     model.train()
     trained = model(tokens)[0]
     model.eval()
-    assert_close(trained, model(tokens)[0].numpy(), 0.0)
+    assert_close(trained, model(tokens, use_cache=False)[0].numpy(), 0.0)
