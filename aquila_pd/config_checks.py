@@ -63,6 +63,15 @@ def sizes(hidden_size: int, num_attention_heads: int, num_key_value_heads: int, 
         )
 
 
+def numbers(**named: object) -> list[str]:
+    """A line for each value that is not a finite number above zero."""
+    return [
+        f"{name} is {value!r}, not a positive number"
+        for name, value in named.items()
+        if not _is_number(value) or not 0 < value < float("inf")
+    ]
+
+
 def _indivisible(d: int, heads: int, kv_heads: int) -> list[str]:
     findings = []
     if d % heads:

@@ -3,11 +3,14 @@
 Hugging Face's config.json and ours read alike. Families with other spellings are translated by the converter.
 """
 
+from functools import cache
+
 from paddlenlp.transformers import PretrainedConfig
 
+from .config_checks import numbers as not_positive
 from .config_checks import rope_scaling as checked_rope_scaling
 from .config_checks import sizes as check_sizes
-from .errors import ConfigError
+from .errors import ConfigError, report
 from .weight_map import Dims
 
 # Published sizes: hidden, intermediate, layers, heads, key/value heads, max positions.
@@ -16,6 +19,39 @@ NAMED_SIZES = {
     "34b": (6144, 24576, 60, 48, 8, 4096),
     "70b": (8192, 28672, 80, 64, 8, 4096),
 }
+
+# Keys of Hugging Face files beside our fields. Those that change the mathematics, with the one value computed here:
+NEUTRAL = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "sliding_window": None,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+}
+# and those that do not:
+IGNORED = {"auto_map", "pretraining_tp", "transformers_version", "model_type", "_attn_implementation_autoset"}
+
+
+@cache
+def _known_to_paddlenlp() -> frozenset[str]:
+    return frozenset({*PretrainedConfig().to_dict(), "torch_dtype", "num_labels", "name_or_path", "head_dim"})
+
+
+def _unsupported(keys: dict, *, hidden_act: str, tie_word_embeddings: object) -> list[str]:
+    """A line for each key that nobody reads or that asks for another architecture; takes the neutral ones out."""
+    findings = []
+    if hidden_act != "silu":
+        findings.append(f"hidden_act is {hidden_act!r}; the family knows only 'silu'")
+    if not isinstance(tie_word_embeddings, bool):
+        findings.append(f"tie_word_embeddings is {tie_word_embeddings!r}, not true or false")
+    for name in NEUTRAL.keys() & keys.keys():
+        if keys.pop(name) not in (None, NEUTRAL[name]):
+            findings.append(f"{name} is not {NEUTRAL[name]!r}, which is all the family knows")
+    for name in IGNORED & keys.keys():
+        del keys[name]
+    return findings + [f"unknown key {name}" for name in sorted(keys.keys() - _known_to_paddlenlp())]
 
 
 class AquilaConfig(PretrainedConfig):
@@ -62,13 +98,12 @@ class AquilaConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
-        if hidden_act != "silu":
-            raise ConfigError(f'hidden_act is "{hidden_act}"; the Aquila family knows only "silu".')
-        for name in ("attention_bias", "mlp_bias"):
-            if kwargs.pop(name, False):
-                raise ConfigError(f"{name} is true; no model of the Aquila family has biases.")
         if num_key_value_heads is None:
             num_key_value_heads = num_attention_heads
+        findings = _unsupported(kwargs, hidden_act=hidden_act, tie_word_embeddings=tie_word_embeddings)
+        findings += not_positive(rms_norm_eps=rms_norm_eps, rope_theta=rope_theta, initializer_range=initializer_range)
+        if findings:
+            raise ConfigError(report("The configuration is not one of an Aquila model:", findings, "Correct it."))
         check_sizes(
             hidden_size,
             num_attention_heads,

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from .errors import AquilaError
 from .masks import causal_mask
 
 QUERY_BLOCK = 256  # queries at a time in plain attention: its scores take N * 256 * S numbers, not N * T * S
@@ -145,17 +147,35 @@ class FusedLinear(nn.Layer):
         return paddle.split(paddle.matmul(x, self.weight), self.widths, axis=-1)
 
     def split_weight(self) -> dict:
-        """The parts' weights [in, width] by name."""
-        return dict(zip(self.names, paddle.split(self.weight, self.widths, axis=1), strict=True))
+        """The parts' weights [in, width] by name: views, they take no memory of their own."""
+        ends = np.cumsum(self.widths).tolist()
+        with paddle.no_grad():
+            return {
+                name: self.weight[:, end - width : end]
+                for name, width, end in zip(self.names, self.widths, ends, strict=True)
+            }
 
 
 def fuse(layer: nn.Layer) -> None:
     """Replace the projections that layer.FUSABLE names ({fused: parts}) by one FusedLinear each, in place."""
     for fused, parts in layer.FUSABLE.items():
         if getattr(layer, fused) is None:
+            _check_alike(type(layer).__name__, {name: getattr(layer, name) for name in parts})
             setattr(layer, fused, FusedLinear({name: getattr(layer, name) for name in parts}))
             for name in parts:
                 delattr(layer, name)
+
+
+def _check_alike(where: str, parts: dict[str, nn.Layer]) -> None:
+    """Joined, parts share everything: refuse adapters, and parts of which some are trained and some are not."""
+    others = [f"{name} is a {type(part).__name__}" for name, part in parts.items() if type(part) is not nn.Linear]
+    if not others and len({(part.weight.dtype, part.weight.stop_gradient) for part in parts.values()}) > 1:
+        others = [f"{name}: dtype {p.weight.dtype}, frozen {p.weight.stop_gradient}" for name, p in parts.items()]
+    if others:
+        raise AquilaError(
+            f"The projections of {where} cannot be fused: {'; '.join(others)}. Merge and remove LoRA layers first, "
+            "and freeze all parts or none."
+        )
 
 
 def unfuse(layer: nn.Layer) -> None:

@@ -1,15 +1,15 @@
 """AquilaPretrainedModel: how Aquila models are initialized, loaded, saved and resized under PaddleNLP.
 
-Loading builds the model without random numbers, checks every name and shape in the file headers first, then
-copies tensor by tensor, converting on the way; at no time more than the weights and one tensor are held. What is
-not a plain local safetensors folder (hub names, .pdparams, tensor parallel, quantized on load) is PaddleNLP's.
+A plain local safetensors folder is loaded and saved by model_files.py, without random numbers and without holding
+more than the weights and one tensor. Anything else (hub names, .pdparams, tensor parallel, quantized on load) is
+PaddleNLP's to do.
 """
 
+import copy
 import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import paddle
 from paddle import nn
 from paddlenlp.generation import GenerationConfig
@@ -18,19 +18,26 @@ from paddlenlp.transformers.conversion_utils import StateDictNameMapping
 from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 
 from .configuration import AquilaConfig
-from .errors import CheckpointError, report
+from .errors import CheckpointError, ConfigError, OutputError, report
 from .fusion_ops import FusedLinear, fuse, unfuse
-from .shards import DEFAULT_SHARD_SIZE, Entry, parse_size, plan_shards, read_layout, tag_of, view, write_shards
-from .weight_map import BASE_MODEL_PREFIX, HEAD, weights
+from .model_files import NEW_HEAD, PREFIX, SAFETENSORS, load_weights, save_weights
+from .shards import DEFAULT_SHARD_SIZE
+from .weight_map import BASE_MODEL_PREFIX, weights
 
 log = logging.getLogger("aquila_pd")
 
-PREFIX = f"{BASE_MODEL_PREFIX}."
 HALF = ("bfloat16", "float16")
-SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-# Parameters of a task head: a checkpoint of another task lacks or has them, and that is no mistake.
-NEW_HEAD = "score.weight"
-OTHER_HEADS = {HEAD.paddle, NEW_HEAD}
+DTYPES = ("float32", *HALF)
+# Keywords of PaddleNLP's from_pretrained, as against config fields; and those that also say where the config is.
+CONFIG_OPTIONS = {"cache_dir", "subfolder", "from_hf_hub", "from_aistudio", "force_download"}
+LOADING_OPTIONS = CONFIG_OPTIONS | {
+    "variant",
+    "state_dict",
+    "use_safetensors",
+    "low_cpu_mem_usage",
+    "convert_from_torch",
+    "ignore_mismatched_sizes",
+}
 
 
 class AquilaPretrainedModel(PretrainedModel):
@@ -60,65 +67,95 @@ class AquilaPretrainedModel(PretrainedModel):
     # ------------------------------------------------------------------------------------------- loading
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, dtype: str | None = None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, dtype=None, **kwargs):
         """Load a model.
 
         Args:
-            pretrained_model_name_or_path: a folder with config.json and safetensors (converted by
-                convert/torch2paddle.py or saved by save_pretrained), or anything else PaddleNLP loads.
-            config: an AquilaConfig to use in place of the folder's.
-            dtype: of the parameters. Default is the config's; on a CPU half precision becomes float32, as Paddle
-                has no half-precision CPU kernels to compute with, and this is said in the log.
-            Other keywords that are config fields change the config.
+            pretrained_model_name_or_path: a folder with config.json and safetensors (converted by `aquila-pd convert`
+                or saved by save_pretrained), or anything else PaddleNLP loads.
+            config: an AquilaConfig to use in place of the folder's; it is not changed.
+            dtype (or torch_dtype): "float32", "bfloat16" or "float16". Default is the config's; on a CPU half
+                precision then becomes float32, as Paddle has no such kernels to compute with, and the log says so.
+            subfolder and PaddleNLP's other loading options, by keyword.
+            Other keywords are config fields.
 
         Raises:
-            CheckpointError: every missing, unexpected or misshapen weight, by name, before anything is loaded.
+            CheckpointError: every missing, unexpected or misshapen weight, by name.
+            ConfigError: a keyword that is neither an option nor a config field.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not isinstance(config, AquilaConfig):
-            config, kwargs = cls.config_class.from_pretrained(
-                config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
-            )
-        if args or not _is_ours(folder, config, kwargs):
+        options = {name: kwargs.pop(name) for name in LOADING_OPTIONS & kwargs.keys()}
+        dtype = _dtype_name(dtype if dtype is not None else kwargs.pop("torch_dtype", None))
+        folder = Path(pretrained_model_name_or_path) / (options.get("subfolder") or "")
+        config = cls._config(pretrained_model_name_or_path if config is None else config, options, kwargs)
+        if args or not _is_plain(folder, config, options):
+            if folder.is_dir() and not _holds_weights(folder):
+                raise CheckpointError(f"{folder} holds no weights: expected {' or '.join(SAFETENSORS)}.")
             # Not with weights at hand: PaddleNLP would put them aside and read the files again.
-            at_hand = kwargs.get("state_dict") is not None or kwargs.get("convert_from_torch")
-            kwargs.setdefault("low_cpu_mem_usage", not at_hand)
-            return super().from_pretrained(folder.as_posix(), *args, config=config, dtype=dtype, **kwargs)
+            at_hand = options.get("state_dict") is not None or options.get("convert_from_torch")
+            options.setdefault("low_cpu_mem_usage", not at_hand)
+            name = str(pretrained_model_name_or_path)
+            return super().from_pretrained(name, *args, config=config, dtype=dtype, **options)
         config.dtype = _compute_dtype(dtype, config.dtype)
         with ExitStack() as stack:
             stack.enter_context(no_init_weights(_enable=True))
             stack.enter_context(paddle.LazyGuard())
             stack.enter_context(dtype_guard(config.dtype))
             model = cls(config)
-        _load(model, folder)
+        load_weights(model, folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder.as_posix())
         return model
+
+    @classmethod
+    def _config(cls, given, options: dict, fields: dict) -> AquilaConfig:
+        """The config to build with: the given one copied, or read from where `given` says; fields changed."""
+        if isinstance(given, AquilaConfig):
+            config = copy.deepcopy(given)
+        else:
+            where = {name: options[name] for name in CONFIG_OPTIONS & options.keys()}
+            config = cls.config_class.from_pretrained(str(given), **where)
+        unknown = [name for name in fields if not hasattr(config, name)]
+        if unknown:
+            raise ConfigError(f"from_pretrained() knows no {', '.join(sorted(unknown))}. Check the spelling.")
+        for name, value in fields.items():
+            setattr(config, name, value)
+        return config
+
+    @classmethod
+    def _load_pretrained_model(cls, *args, **kwargs):
+        """PaddleNLP's own loading, where a missing weight is an error and not a warning."""
+        result = super()._load_pretrained_model(*args, **kwargs)
+        missing = [name for name in result[1] if not name.endswith(NEW_HEAD)]
+        if missing:
+            findings = [f"missing     {name}" for name in sorted(missing)]
+            raise CheckpointError(report(f"The weights do not make a {cls.__name__}:", findings, "Fetch them again."))
+        return result
 
     # -------------------------------------------------------------------------------------------- saving
 
     def save_pretrained(self, save_dir, *args, safe_serialization: bool = True, **kwargs):
         """Save config, generation config and weights; safetensors with standard BF16 tags by default.
 
-        max_shard_size: "5GB" by default. safe_serialization=False, a variant, a state_dict or a merge of tensor
-        parallel parts are PaddleNLP's to do.
+        max_shard_size: "5GB" by default. safe_serialization=False gives PaddleNLP's .pdparams. So do calls of its
+        Trainer, whose plain checkpoints it can read in no other form (unified_checkpoint=True writes safetensors);
+        a state_dict, a variant and parts of tensor parallelism are PaddleNLP's to save, too.
         """
-        foreign = kwargs.keys() & {"state_dict", "config_to_save"} or kwargs.get("variant")
-        if args or foreign or not safe_serialization or self.config.tensor_parallel_degree > 1:
-            return super().save_pretrained(save_dir, *args, safe_serialization=safe_serialization, **kwargs)
-        if not kwargs.get("is_main_process", True):
+        theirs = kwargs.keys() & {"state_dict", "config_to_save", "save_function", "merge_tensor_parallel"}
+        if args or theirs or kwargs.get("variant") or not safe_serialization or self.config.tensor_parallel_degree > 1:
+            safe = safe_serialization and not theirs
+            return super().save_pretrained(save_dir, *args, safe_serialization=safe, **kwargs)
+        max_shard_size = kwargs.pop("max_shard_size", DEFAULT_SHARD_SIZE)
+        if not kwargs.pop("is_main_process", True):
             return None
+        if kwargs:
+            raise ConfigError(f"save_pretrained() knows no {', '.join(sorted(kwargs))}. Check the spelling.")
         folder = Path(save_dir)
+        if folder.is_file():
+            raise OutputError(f"{folder} is a file. Give the name of a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.dtype = str(next(iter(self.parameters())).dtype).removeprefix("paddle.")
+        save_weights(self, folder, max_shard_size)
+        self.config.dtype = _dtype_name(next(iter(self.parameters())).dtype)
         self.config.architectures = [type(self).__name__]
-        # In the table's order, whatever order fusing has left the layers in: the same weights give the same bytes.
-        state = self.state_dict()
-        rows = [_name_in(self, weight.paddle) for weight in weights(self.config.dims)]
-        ordered = [name for name in rows if name in state] + [name for name in state if name not in rows]
-        entries = [Entry(name, _tag(state[name]), tuple(state[name].shape)) for name in ordered]
-        shards = plan_shards(entries, parse_size(kwargs.get("max_shard_size", DEFAULT_SHARD_SIZE)))
-        write_shards(folder, shards, lambda entry, region: _copy_out(state[entry.name], region))
         self.config.save_pretrained(folder)
         if self.can_generate():
             self.generation_config.save_pretrained(folder)
@@ -127,12 +164,16 @@ class AquilaPretrainedModel(PretrainedModel):
     # -------------------------------------------------------------------- fused projections, never in a file
 
     def fuse_projections(self) -> None:
-        """Store q/k/v and gate/up side by side from now on: fewer, larger matrix products. Names in files stay."""
+        """Store q/k/v and gate/up side by side from now on: fewer, larger matrix products. Names in files stay.
+
+        For running a model; unfuse it before adding LoRA layers or handing it to PaddleNLP's Trainer, which look
+        for the separate projections. Raises AquilaError when LoRA layers or differently trained parts are there.
+        """
         for layer in self._fusable():
             fuse(layer)
 
     def unfuse_projections(self) -> None:
-        """Undo fuse_projections(), for example before adding LoRA layers."""
+        """Undo fuse_projections()."""
         for layer in self._fusable():
             unfuse(layer)
 
@@ -140,7 +181,10 @@ class AquilaPretrainedModel(PretrainedModel):
         return [layer for layer in self.sublayers() if hasattr(layer, "FUSABLE")]
 
     def state_dict(self, *args, **kwargs):
-        """Parameters by name; fused projections appear as the separate ones they stand for."""
+        """Parameters by name; fused projections appear as views of the separate ones they stand for.
+
+        To change weights of a fused model, use set_state_dict or unfuse it first.
+        """
         state = super().state_dict(*args, **kwargs)
         for name, layer in self.named_sublayers():
             if isinstance(layer, FusedLinear):
@@ -184,6 +228,7 @@ class AquilaPretrainedModel(PretrainedModel):
         """Random weights like a new model's, then the old ones along the vocabulary axis as far as they go."""
         layer.to(dtype=old.dtype)
         self._init_weights(layer)
+        layer.weight.stop_gradient = old.stop_gradient
         n = min(old.shape[axis], layer.weight.shape[axis])
         kept = paddle.slice(old, [axis], [0], [n])
         rest = paddle.slice(layer.weight, [axis], [n], [layer.weight.shape[axis]])
@@ -203,19 +248,32 @@ class AquilaPretrainedModel(PretrainedModel):
         ]
 
 
-def _is_ours(folder: Path, config: AquilaConfig, kwargs: dict) -> bool:
-    """Whether this is a plain local safetensors folder and nobody asked for a special way to load it."""
-    special = {"convert_from_torch", "state_dict", "subfolder", "variant", "from_hf_hub", "from_aistudio"}
+def _holds_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.pdparams")) or any(folder.glob("*.bin"))
+
+
+def _is_plain(folder: Path, config: AquilaConfig, options: dict) -> bool:
+    """Whether this is a local safetensors folder and nobody asked for a special way to load it."""
     return (
         any((folder / name).is_file() for name in SAFETENSORS)
-        and not any(kwargs.get(key) for key in special)
+        and not any(
+            options.get(name) for name in LOADING_OPTIONS - {"subfolder", "low_cpu_mem_usage", "use_safetensors"}
+        )
         and config.tensor_parallel_degree <= 1
         and not config.quantization_config.is_weight_quantize()
     )
 
 
-def _compute_dtype(asked: str | None, stored: str) -> str:
-    stored = str(stored).removeprefix("paddle.")
+def _dtype_name(dtype) -> str | None:
+    """ "float32" of "float32" or paddle.float32. Raises ConfigError for what is no dtype of parameters."""
+    name = None if dtype is None else str(dtype).removeprefix("paddle.")
+    if name not in (None, *DTYPES):
+        raise ConfigError(f"The dtype {name!r} is not known. Choose one of {', '.join(DTYPES)}.")
+    return name
+
+
+def _compute_dtype(asked: str | None, stored) -> str:
+    stored = _dtype_name(stored)
     on_cpu = paddle.device.get_device() == "cpu"
     if asked is not None:
         if on_cpu and asked in HALF:
@@ -225,69 +283,3 @@ def _compute_dtype(asked: str | None, stored: str) -> str:
         log.info("Loading the %s checkpoint as float32: Paddle's CPU kernels do not compute in half precision.", stored)
         return "float32"
     return stored
-
-
-def _load(model: AquilaPretrainedModel, folder: Path) -> None:
-    """Check all names and shapes against the headers, then fill the parameters."""
-    files = {_name_in(model, name): info for name, info in read_layout(folder).items()}
-    parameters = model.state_dict()
-    missing = [name for name in parameters if name not in files]
-    new = [name for name in missing if name == NEW_HEAD]
-    _check(model, folder, files, [name for name in missing if name not in new])
-    for name, parameter in parameters.items():
-        if name in new:
-            log.warning("%s is not in %s: it is new and random, train it.", name, folder.name)
-            parameter.initialize()
-            model._init_weights(model.score)
-        else:
-            _fill(parameter, view(files[name]))
-
-
-def _name_in(model: AquilaPretrainedModel, name: str) -> str:
-    """The model's name of a tensor in a file: with or without the prefix of the base model."""
-    is_base = model.base_model is model
-    if is_base:
-        return name.removeprefix(PREFIX)
-    return name if name.startswith(PREFIX) or name in OTHER_HEADS else PREFIX + name
-
-
-def _check(model: AquilaPretrainedModel, folder: Path, files: dict, missing: list[str]) -> None:
-    parameters = model.state_dict()
-    unexpected = [name for name in files if name not in parameters and name not in OTHER_HEADS]
-    findings = [f"missing     {name}" for name in missing]
-    findings += [f"unexpected  {name}" for name in unexpected]
-    findings += [
-        f"shape       {name}: file has {list(files[name].shape)}, config says {list(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in files and list(files[name].shape) != list(parameter.shape)
-    ]
-    if not findings:
-        return
-    torch_names = any("model." in name for name in unexpected)
-    advice = (
-        "These are Hugging Face's names: convert the folder with convert/torch2paddle.py first."
-        if torch_names
-        else "Nothing was loaded. Fetch or convert the folder again, or correct config.json."
-    )
-    headline = f"{folder.name} does not hold the {type(model).__name__} its config.json describes:"
-    raise CheckpointError(report(headline, findings, advice))
-
-
-def _fill(parameter, array: np.ndarray) -> None:
-    """Copy one stored tensor into a parameter that has no memory yet, in the parameter's dtype."""
-    if array.dtype.name == "bfloat16":
-        array = array.view(np.uint16)  # Paddle's numpy spelling of bfloat16
-    tensor = paddle.to_tensor(np.ascontiguousarray(array))
-    if tensor.dtype != parameter.dtype:
-        tensor = tensor.astype(parameter.dtype)
-    parameter.get_tensor()._share_data_with(tensor.get_tensor())
-
-
-def _tag(tensor) -> str:
-    """The safetensors tag of a Paddle tensor's dtype."""
-    return tag_of(paddle.empty([0], dtype=tensor.dtype).numpy())
-
-
-def _copy_out(tensor, region: np.ndarray) -> None:
-    """Copy a tensor's bits into its mapped place in a file (bfloat16 is uint16 in Paddle's numpy)."""
-    region.reshape(-1).view(np.uint8)[:] = tensor.detach().cpu().numpy().reshape(-1).view(np.uint8)

@@ -25,6 +25,7 @@ MODEL = (
     {"configuration", "masks", "cache", "tokenizer"},
     {"fusion_ops"},
     {"paddlenlp_generate"},
+    {"model_files"},
     {"pretrained"},
     {"modeling"},
     {"parallel", "quantization"},

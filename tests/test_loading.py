@@ -137,7 +137,7 @@ def test_a_torch_folder_is_recognised_and_the_way_out_named(tmp_path):
     config = json.loads((tmp_path / "torch" / "config.json").read_text())
     config.update(model_type="aquila", architectures=["AquilaForCausalLM"])
     (tmp_path / "torch" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"convert the folder with convert/torch2paddle\.py first"):
+    with pytest.raises(CheckpointError, match=r"convert the folder with `aquila-pd convert` first"):
         AquilaForCausalLM.from_pretrained(tmp_path / "torch")
 
 

@@ -129,11 +129,9 @@ def paddle_config(fields: Mapping, dtype: str) -> dict:
 
 def _bad_values(fields: Mapping) -> list[str]:
     """Fields of the wrong kind; counts and rope_scaling have their own checks."""
-    wrong = [
-        f"{name} is {fields[name]!r}, not a positive number"
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range")
-        if isinstance(fields[name], bool) or not isinstance(fields[name], (int, float)) or not fields[name] > 0
-    ]
+    wrong = config_checks.numbers(
+        **{name: fields[name] for name in ("rms_norm_eps", "rope_theta", "initializer_range")}
+    )
     if not isinstance(fields["tie_word_embeddings"], bool):
         wrong.append(f"tie_word_embeddings is {fields['tie_word_embeddings']!r}, not true or false")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
