@@ -12,6 +12,7 @@ from .errors import AquilaError
 
 # verb -> the module whose main(argv) -> exit status does it, and one line for the help
 VERBS = {
+    "convert": ("aquila_pd.checkpoint.command", "a Hugging Face folder or GGUF file into one that PaddleNLP loads"),
     "doctor": ("aquila_pd.doctor", "installed versions beside the tested ones, this machine, and what to mend"),
 }
 

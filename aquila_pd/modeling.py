@@ -225,9 +225,10 @@ class AquilaModel(AquilaPretrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise AquilaError("Give either input_ids or inputs_embeds, and not both.")
 
+        dtype, place = self.embed_tokens.weight.dtype, self.embed_tokens.weight.place
+        if dtype in HALF and place.is_cpu_place():
+            raise AquilaError(f"Paddle has no CPU kernels to compute in {dtype}. Load the model as float32.")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
-        if x.dtype in HALF and x.place.is_cpu_place():
-            raise AquilaError(f"Paddle has no CPU kernels to compute in {x.dtype}. Load the model as float32.")
         B, T, _ = x.shape
         # Without weights to show: they would have to outlive the layer that recompute forgets.
         recomputing = self.enable_recompute and self.training and paddle.is_grad_enabled() and not output_attentions

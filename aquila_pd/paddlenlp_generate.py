@@ -52,6 +52,7 @@ class AquilaGeneration:
         """
         settings = generation_config or self.generation_config
         kwargs = _strategy(kwargs, settings)
+        _check_settings(kwargs, settings, self.config)
         # GenerationConfig swallows use_cache, and the loops then never see it; under another name they do.
         kwargs["with_cache"] = kwargs.pop("use_cache", getattr(settings, "use_cache", True))
         unknown = [name for name in kwargs if not hasattr(settings, name) and name not in _OURS]
@@ -60,7 +61,7 @@ class AquilaGeneration:
 
         embeds = kwargs.get("inputs_embeds")
         if input_ids is not None:
-            input_ids = input_ids.astype("int64")
+            input_ids = _as_ids(input_ids)
         elif embeds is not None:
             # PaddleNLP counts on a begin token that stands in for the embeddings; its id is never read.
             kwargs.setdefault("bos_token_id", settings.bos_token_id or self.config.bos_token_id or 0)
@@ -68,6 +69,8 @@ class AquilaGeneration:
         if mask is None and embeds is not None:
             mask = paddle.ones(embeds.shape[:2], dtype="int64")
         if mask is not None:
+            if mask.ndim != 2:
+                raise GenerationError(f"generate() takes an attention_mask [batch, tokens], not {mask.ndim}-D.")
             kwargs["attention_mask"] = mask.astype("int64")
         return super().generate(input_ids, generation_config, stopping_criteria, streamer, **kwargs)
 
@@ -92,23 +95,25 @@ class AquilaGeneration:
         """Arguments of forward() for the next step: only what the cache does not hold yet, logits of the last place."""
         if with_cache and past_key_values is None:
             past_key_values = KVCache(self.config.num_hidden_layers)
-        started = with_cache and past_key_values.length > 0 if isinstance(past_key_values, KVCache) else past_key_values
+        cached = isinstance(past_key_values, KVCache)
+        started = past_key_values.length > 0 if cached else bool(past_key_values)
         inputs = {
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "use_cache": with_cache,
             "logits_to_keep": 1,
         }
-        if started:
-            inputs["input_ids"] = input_ids[:, -1:]
+        if started:  # one token, or more behind the cache of a prefix
+            new = attention_mask.shape[1] - past_key_values.length if cached else 1
+            inputs["input_ids"] = input_ids[:, -new:]
         elif inputs_embeds is None:
             inputs["input_ids"] = input_ids
         else:  # then what was generated so far, behind the stand-in for the embeddings
             tail = input_ids[:, 1:]
-            new = [self.base_model.embed(tail)] if tail.shape[1] else []
-            inputs["inputs_embeds"] = paddle.concat([inputs_embeds, *new], axis=1)
+            generated = [self.base_model.embed(tail)] if tail.shape[1] else []
+            inputs["inputs_embeds"] = paddle.concat([inputs_embeds, *generated], axis=1)
         if position_ids is not None:
-            inputs["position_ids"] = position_ids[:, -1:] if started else position_ids
+            inputs["position_ids"] = position_ids[:, -new:] if started else position_ids
         return inputs
 
     @staticmethod
@@ -118,8 +123,6 @@ class AquilaGeneration:
         model_kwargs["past_key_values"] = cache
         model_kwargs.pop("cache", None)
         mask = model_kwargs["attention_mask"]
-        if mask.ndim != 2:
-            raise GenerationError("generate() takes a 2-D attention_mask [batch, tokens]; a 4-D one cannot grow.")
         one_more = paddle.ones([mask.shape[0], 1], dtype=mask.dtype)
         model_kwargs["attention_mask"] = paddle.concat([mask, one_more], axis=-1)
         if model_kwargs.get("position_ids") is not None:
@@ -161,10 +164,38 @@ class AquilaGeneration:
             rows = [row for row, ok in enumerate(finite.tolist()) if not ok]
             raise GenerationError(
                 f"The model gave NaN or infinite logits for row {', '.join(map(str, rows))} of the batch. "
-                "A damaged weight or an overflow in half precision does this: `convert/torch2paddle.py --verify "
+                "A damaged weight or an overflow in half precision does this: `aquila-pd convert --verify "
                 "content` finds the first, dtype float32 or bfloat16 cures the second."
             )
         return logits
+
+
+def _as_ids(input_ids):
+    """Token ids [B, T] as int64, from a tensor, an array or lists."""
+    ids = input_ids if isinstance(input_ids, paddle.Tensor) else paddle.to_tensor(input_ids)
+    if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
+        raise GenerationError(
+            f"input_ids has shape {list(ids.shape)} and dtype {ids.dtype}; expected integers [batch, tokens]."
+        )
+    return ids.astype("int64")
+
+
+def _check_settings(kwargs: dict, settings, config) -> None:
+    """Raise GenerationError for values PaddleNLP would take and make nonsense of."""
+
+    def value(name: str, default=None):
+        return kwargs.get(name, getattr(settings, name, default))
+
+    findings = []
+    if value("max_new_tokens", 1) < 1:
+        findings.append(f"max_new_tokens is {value('max_new_tokens')}; at least one token is generated")
+    if value("temperature", 1.0) < 0:
+        findings.append(f"temperature is {value('temperature')}; 0 is greedy, and there is nothing below")
+    ends = value("eos_token_id") if value("eos_token_id") is not None else config.eos_token_id
+    if value("decode_strategy") == "beam_search" and isinstance(ends, list) and len(ends) > 1:
+        findings.append(f"PaddleNLP's beam search knows one end token, not {ends}: pass one eos_token_id")
+    if findings:
+        raise GenerationError("generate() cannot do that: " + "; ".join(findings) + ".")
 
 
 def _strategy(kwargs: dict, settings) -> dict:

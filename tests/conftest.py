@@ -19,7 +19,7 @@ sys.path[:0] = [folder for folder in (str(TESTS.parent), str(TESTS)) if folder n
 # for each other on a busy machine are several times slower than one.
 for name, value in {
     "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
+    "CUDA_VISIBLE_DEVICES": os.environ.get("AQUILA_PD_TEST_GPU", ""),  # "0": let the tests see the first GPU
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 import torch
-from twins import assert_close, ids, paddle_model, pair, torch_model
+from twins import KINDS, assert_close, ids, paddle_model, pair, torch_model
 
 from aquila_pd.errors import GenerationError
 from aquila_pd.fusion_ops import FusedLinear
@@ -159,13 +159,61 @@ def test_an_unknown_parameter_is_named(models):
         models[1].generate(paddle.to_tensor(PROMPT), max_tokens=3)
 
 
-def test_fused_projections_generate_the_same(models):
-    reference, _ = models
-    model = paddle_model(reference)
-    model.fuse_projections()
-    assert any(isinstance(layer, FusedLinear) for layer in model.sublayers())
-    free = hf_greedy(reference, PROMPT)
-    assert (greedy(model, PROMPT)[:, : NEW // 2] == free[:, : NEW // 2]).all() or 100 in free
+def test_fused_projections_generate_the_same(models, endless):
+    endless.fuse_projections()
+    assert any(isinstance(layer, FusedLinear) for layer in endless.sublayers())
+    try:
+        assert (greedy(endless, PROMPT) == hf_greedy(models[0], PROMPT)).all()
+    finally:
+        endless.unfuse_projections()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model(kind):
+    """Prompts shorter than max positions: beyond them dynamic scaling has as many answers as caches."""
+    reference = torch_model(kind)
+    model = paddle_model(reference, kind)
+    assert (greedy(model, PROMPT) == hf_greedy(reference, PROMPT, eos_token_id=100)).all()
+
+
+def test_control_wrong_weights_change_the_ids(models, endless):
+    expected = hf_greedy(models[0], PROMPT)
+    weight = endless.aquila.layers[1].mlp.down_proj.weight
+    right = weight.numpy()
+    weight.set_value(right * 0.5)
+    try:
+        assert (greedy(endless, PROMPT) != expected).any()
+    finally:
+        weight.set_value(right)
+
+
+def test_a_prefix_cache_with_more_than_one_token_behind_it(models, endless):
+    with paddle.no_grad():
+        cache = endless(paddle.to_tensor(PROMPT[:, :3]), use_cache=True)[1]
+    assert (greedy(endless, PROMPT, past_key_values=cache) == hf_greedy(models[0], PROMPT)).all()
+
+
+def test_lists_and_arrays_as_ids(models, endless):
+    expected = hf_greedy(models[0], PROMPT)
+    for given in (PROMPT, PROMPT.tolist()):
+        assert (endless.generate(given, max_new_tokens=NEW)[0].numpy() == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "how", "message"),
+    [
+        (PROMPT[0], {}, r"shape \[6\]"),
+        (PROMPT[:, :0], {}, r"shape \[2, 0\]"),
+        (PROMPT, dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (PROMPT, dict(temperature=-1.0), "temperature is -1.0"),
+        (PROMPT, dict(num_beams=2, eos_token_id=[100, 3]), "knows one end token"),
+        (PROMPT, dict(attention_mask=paddle.ones([2, 1, 6, 6])), "not 4-D"),
+    ],
+    ids=["1-D", "empty", "no tokens", "negative", "beams", "mask"],
+)
+def test_requests_without_meaning_are_refused(models, tokens, how, message):
+    with pytest.raises(GenerationError, match=message):
+        models[1].generate(paddle.to_tensor(tokens), **how)
 
 
 def test_the_prompt_is_run_once_and_each_step_one_token(models):

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from twins import BASE, assert_close, ids, paddle_model, torch_model
 
 from aquila_pd import AquilaConfig, AquilaForCausalLM, AquilaForSequenceClassification, AquilaModel
-from aquila_pd.errors import CheckpointError
+from aquila_pd.errors import AquilaError, CheckpointError, ConfigError, OutputError
 
 SAME = 1e-5  # the same weights, run with and without spare room in a cache
 
@@ -217,9 +217,84 @@ def test_the_published_release_tags_bf16_as_u16_and_loads(folder):
         assert (parameter.numpy() == half[name].astype(np.float32)).all()
 
 
-def test_config_keywords_reach_the_config(folder):
-    model = AquilaForCausalLM.from_pretrained(folder, rope_theta=5e5, use_cache=False)
-    assert model.config.rope_theta == 5e5 and model.config.use_cache is False
+def test_keywords_reach_the_config_and_leave_a_given_one_alone(folder):
+    given = AquilaConfig.from_pretrained(str(folder))
+    for how in ({}, {"config": given}):
+        model = AquilaForCausalLM.from_pretrained(folder, rope_theta=5e5, use_cache=False, **how)
+        assert model.config.rope_theta == 5e5 and model.config.use_cache is False
+    assert given.rope_theta == 1e4 and given.use_cache is True
+
+
+def test_a_misspelled_keyword_is_named(folder):
+    for how in (dict(rope_tehta=5e5), dict(torch_dtyp="float32")):
+        with pytest.raises(ConfigError, match="knows no " + next(iter(how))):
+            AquilaForCausalLM.from_pretrained(folder, **how)
+    with pytest.raises(ConfigError, match="knows no max_shard_sz"):
+        AquilaForCausalLM.from_pretrained(folder).save_pretrained(folder.parent / "out", max_shard_sz="1GB")
+    with pytest.raises(ConfigError, match="'fp32' is not known"):
+        AquilaForCausalLM.from_pretrained(folder, dtype="fp32")
+
+
+def test_dtypes_by_any_of_their_names(folder):
+    for how in (dict(dtype=paddle.bfloat16), dict(torch_dtype="bfloat16"), dict(dtype="bfloat16")):
+        model = AquilaForCausalLM.from_pretrained(folder, **how)
+        assert model.lm_head.weight.dtype == paddle.bfloat16 and model.config.dtype == "bfloat16"
+
+
+def test_a_subfolder(folder, tokens):
+    expected = AquilaForCausalLM.from_pretrained(folder)(tokens)[0]
+    found = AquilaForCausalLM.from_pretrained(folder.parent, subfolder=folder.name)(tokens)[0]
+    assert_close(found, expected, 0.0)
+
+
+def test_a_folder_without_weights_is_told_so(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no weights: expected model\.safetensors"):
+        AquilaForCausalLM.from_pretrained(folder)
+
+
+def test_saving_onto_a_file_is_refused(folder):
+    with pytest.raises(OutputError, match="is a file"):
+        AquilaForCausalLM.from_pretrained(folder).save_pretrained(folder / "config.json")
+
+
+def test_a_tied_model_with_another_head_in_its_file_is_refused(tmp_path, tokens):
+    paddle_model(torch_model("tied"), "tied").save_pretrained(tmp_path)
+    expected = AquilaForCausalLM.from_pretrained(tmp_path)(tokens)[0]
+    change_weights(tmp_path, lambda a: a.update({"lm_head.weight": a["aquila.embed_tokens.weight"].T.copy()}))
+    assert_close(AquilaForCausalLM.from_pretrained(tmp_path)(tokens)[0], expected, 0.0)
+    change_weights(tmp_path, lambda a: a.update({"lm_head.weight": a["lm_head.weight"] * 1.5}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the embedding"):
+        AquilaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_weight_missing_in_pdparams_is_an_error_too(folder):
+    AquilaForCausalLM.from_pretrained(folder).save_pretrained(folder.parent / "pd", safe_serialization=False)
+    path = folder.parent / "pd" / "model_state.pdparams"
+    state = paddle.load(str(path))
+    del state["aquila.norm.weight"]
+    paddle.save(state, str(path))
+    with pytest.raises(CheckpointError, match=r"missing     aquila\.norm\.weight"):
+        AquilaForCausalLM.from_pretrained(folder.parent / "pd")
+
+
+def test_lora_is_saved_only_when_merged(folder, tokens):
+    from paddlenlp.peft import LoRAConfig, LoRAModel
+
+    model = AquilaForCausalLM.from_pretrained(folder)
+    lora = LoRAModel(model, LoRAConfig(target_modules=[".*q_proj.*", ".*v_proj.*"], r=2, lora_alpha=4))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            parameter.set_value(paddle.full_like(parameter, 0.05))
+    with pytest.raises(AquilaError, match="LoRA layers that are not merged"):
+        model.save_pretrained(folder.parent / "merged")
+    expected = model(tokens)[0]
+    lora.merge()
+    model.save_pretrained(folder.parent / "merged")
+    again = AquilaForCausalLM.from_pretrained(folder.parent / "merged")
+    assert_close(again(tokens)[0], expected, 1e-4)
+    with pytest.raises(AssertionError):
+        assert_close(again(tokens)[0], AquilaForCausalLM.from_pretrained(folder)(tokens)[0], 1e-2)
 
 
 def test_generation_config_is_read(folder):
@@ -251,7 +326,8 @@ def test_paddlenlps_convert_from_torch_finds_names_and_transpositions(kind, tmp_
     assert_close(model(tokens)[0], paddle_model(reference, kind)(tokens)[0], SAME)
 
 
-def test_paddlenlps_trainer_trains_saves_and_resumes(folder, tmp_path):
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "plain"])
+def test_paddlenlps_trainer_trains_saves_and_resumes(folder, tmp_path, unified):
     from paddlenlp.trainer import Trainer, TrainingArguments
 
     rows = [{"input_ids": row, "labels": row} for row in ids(8, 10)]
@@ -266,9 +342,11 @@ def test_paddlenlps_trainer_trains_saves_and_resumes(folder, tmp_path):
             logging_steps=1,
             disable_tqdm=True,
             report_to=[],
-            unified_checkpoint=True,
+            unified_checkpoint=unified,
         )
-        return Trainer(model=AquilaForCausalLM.from_pretrained(folder), args=arguments, train_dataset=rows)
+        model = AquilaForCausalLM.from_pretrained(folder)
+        metrics = {"compute_metrics": lambda found: {"first": float(np.mean(found.predictions))}}
+        return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:3], **metrics)
 
     with paddle.utils.unique_name.guard():  # as a process of its own would name its optimizer states
         straight = trainer("straight")
@@ -279,5 +357,6 @@ def test_paddlenlps_trainer_trains_saves_and_resumes(folder, tmp_path):
         resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
     for name, parameter in straight.model.state_dict().items():
         assert_close(resumed.model.state_dict()[name], parameter, 1e-6, name)
+    assert "eval_first" in straight.evaluate(), "outputs are gathered, so none may be a cache"
     again = AquilaForCausalLM.from_pretrained(tmp_path / "straight" / "checkpoint-4")
     assert_close(again.state_dict()["lm_head.weight"], straight.model.state_dict()["lm_head.weight"], 0.0)

@@ -49,7 +49,7 @@ def test_a_four_dimensional_mask_is_final(model):
     alone = [model(tensor(part))[0] for part in (tokens[:, :4], tokens[:, 4:])]
     expected = paddle.concat(alone, axis=1)
     additive = np.where(block, 0.0, np.finfo(np.float32).min).astype(np.float32)
-    for mask in (block, block.astype(np.int64), additive):
+    for mask in (block, block[:, 0], block.astype(np.int64), block.astype(np.float32), additive):
         found = model(tensor(tokens), attention_mask=tensor(mask), position_ids=positions)[0]
         assert_close(found, expected, 1e-5)
     with pytest.raises(AssertionError):
@@ -61,9 +61,36 @@ def test_a_mask_of_the_wrong_length_is_refused(model):
         model(tensor(ids()), attention_mask=paddle.ones([2, 5]))
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones([2, 1, 11, 10], dtype=bool), r"shape \[2, 1, 11, 10\]"),
+        (np.ones([11], dtype=bool), r"shape \[11\]"),
+        (np.ones([2, 3, 11, 11], dtype=bool), r"shape \[2, 3, 11, 11\]"),
+        (np.full([2, 1, 11, 11], -0.5, dtype=np.float32), "values from -0.5 to -0.5"),
+        (np.zeros([2, 1, 11, 11], dtype=np.float32), "values from 0 to 0"),
+        (np.linspace(0, 1, 242, dtype=np.float32).reshape([2, 1, 11, 11]), "values from 0 to 1"),
+    ],
+    ids=["keys", "1-D", "heads", "bias", "ambiguous", "weights"],
+)
+def test_a_mask_that_could_be_misread_is_refused(model, mask, message):
+    with pytest.raises(AquilaError, match=message):
+        model(tensor(ids()), attention_mask=tensor(mask))
+
+
+@paddle.no_grad()
+def test_a_full_mask_over_a_cache(model):
+    tokens = tensor(ids(1, 10))
+    expected = model(tokens, use_cache=False)[0][:, 6:]
+    cache = model(tokens[:, :6], use_cache=True)[1]
+    mask = paddle.tril(paddle.ones([10, 10], dtype="int64"))[6:].unsqueeze([0, 1])
+    assert_close(model(tokens[:, 6:], attention_mask=mask, past_key_values=cache)[0], expected, 1e-5)
+
+
 def test_no_row_is_nan_even_when_everything_is_padding(model):
-    logits = model(tensor(ids()), attention_mask=paddle.zeros([2, 11], dtype="int64"))[0]
-    assert bool(paddle.isfinite(logits).all())
+    for shape in ([2, 11], [2, 11, 11]):
+        logits = model(tensor(ids()), attention_mask=paddle.zeros(shape, dtype="int64"))[0]
+        assert bool(paddle.isfinite(logits).all())
 
 
 # ------------------------------------------------------------------------------------------------ cache
@@ -186,6 +213,53 @@ def test_recompute_gives_the_same_gradients_and_can_be_disabled(model):
     gradients()
     handle.remove()
     assert len(calls) == 1
+
+
+def test_recompute_works_under_frozen_embeddings(model):
+    """As LoRA trains: the first layer's input has no gradient, and every layer must be run again all the same."""
+    tokens, labels = tensor(ids()), tensor(shifted(ids()))
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.stop_gradient = "q_proj" not in name
+    model(tokens, labels=labels)[0].backward()
+    expected = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(expected) == 2
+    model.clear_gradients()
+    model.recompute_enable()
+    calls = []
+    for layer in model.aquila.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(tokens, labels=labels)[0].backward()
+    assert len(calls) == 4
+    for name, gradient in expected.items():
+        assert_close(dict(model.named_parameters())[name].grad, gradient, 1e-6, name)
+
+
+def test_what_recompute_cannot_do_is_refused(model):
+    model.train()
+    model.recompute_enable()
+    with pytest.raises(AquilaError, match="cannot fill a cache"):
+        model(tensor(ids()), use_cache=True)
+
+
+def test_no_cache_is_made_where_nobody_generates(model):
+    tokens = tensor(ids())
+    assert len(model(tokens, labels=tokens)) == 2
+    model.train()
+    assert len(model(tokens)) == 1
+    assert len(model(tokens, use_cache=True)) == 2
+
+
+def test_combinations_without_meaning_are_refused(model):
+    tokens = tensor(ids())
+    with pytest.raises(AquilaError, match="logits_to_keep"):
+        model(tokens, labels=tokens, logits_to_keep=1)
+    with pytest.raises(AquilaError, match="2 pairs"):
+        model(tokens, past_key_values=((None, None),))
+    if paddle.device.get_device() == "cpu":
+        model.to(dtype="bfloat16")
+        with pytest.raises(AquilaError, match=r"no CPU kernels to compute in paddle\.bfloat16"):
+            model(tokens)
 
 
 # ----------------------------------------------------------------------------------------------- resize

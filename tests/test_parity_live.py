@@ -107,7 +107,7 @@ def test_left_padding_counts_positions_from_the_first_real_token():
 
 
 @pytest.mark.parametrize("chunks", [[1] * 11, [4, 1, 6], [7, 4]], ids=["steps", "mixed", "chunks"])
-@pytest.mark.parametrize("kind", ["gqa", "mqa", "linear"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_cached_steps_and_chunks_equal_one_pass(kind, chunks):
     reference, model = pair(kind)
     tokens = ids()
@@ -119,6 +119,39 @@ def test_cached_steps_and_chunks_equal_one_pass(kind, chunks):
             found.append(logits)
             start += size
     assert_close(paddle.concat(found, axis=1), torch_logits(reference, tokens), LOGITS)
+
+
+def test_control_a_mask_aligned_to_the_first_key_is_noticed(monkeypatch):
+    """Wrong for chunks over a cache and for nothing else."""
+    import aquila_pd.modeling as modeling
+
+    reference, model = pair()
+    tokens = paddle.to_tensor(ids())
+    right = modeling.causal_mask
+
+    def top_left(keep, T):
+        S = keep.shape[1]
+        return right(keep, S)[:, :, :T]
+
+    monkeypatch.setattr(modeling, "causal_mask", top_left)
+    with paddle.no_grad():
+        first, cache = model(tokens[:, :4], use_cache=True)
+        second, _ = model(tokens[:, 4:], past_key_values=cache)
+    expected = torch_logits(reference, ids())
+    assert_close(first, expected[:, :4], LOGITS)
+    with pytest.raises(AssertionError):
+        assert_close(second, expected[:, 4:], 1e-2)
+
+
+def test_control_keys_rotated_by_one_position_too_many_are_noticed():
+    reference, model = pair()
+    tokens = paddle.to_tensor(ids())
+    with paddle.no_grad():
+        _, cache = model(tokens[:, :6], use_cache=True)
+        late = paddle.arange(7, 12).unsqueeze(0).tile([2, 1])
+        found, _ = model(tokens[:, 6:], position_ids=late, past_key_values=cache)
+    with pytest.raises(AssertionError):
+        assert_close(found, torch_logits(reference, ids())[:, 6:], 1e-3)
 
 
 def test_cached_chunks_with_left_padding():
@@ -146,7 +179,7 @@ def _labels(tokens):
     return labels
 
 
-@pytest.mark.parametrize("kind", ["gqa", "tied", "mha", "linear"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_every_gradient(kind):
     reference, model = pair(kind)
     tokens = ids()
@@ -165,6 +198,19 @@ def test_loss_and_every_gradient(kind):
         assert abs(relative) <= 1e-4, f"gradient norm of {name} off by {relative:.1e}"
 
 
+def test_control_a_wrong_backward_pass_is_noticed(monkeypatch):
+    """The forward pass stays right: only gradients can tell."""
+    import aquila_pd.modeling as modeling
+    from aquila_pd.fusion_ops import Ops, swiglu
+
+    def no_gradient_through_up(gate, up):
+        return swiglu(gate, up.detach())
+
+    monkeypatch.setattr(modeling, "select", lambda: Ops(swiglu=no_gradient_through_up))
+    with pytest.raises(AssertionError):
+        test_loss_and_every_gradient("gqa")
+
+
 def test_control_labels_that_are_not_shifted_change_the_loss():
     reference, model = pair()
     tokens = ids()
@@ -175,11 +221,16 @@ def test_control_labels_that_are_not_shifted_change_the_loss():
 
 @pytest.mark.parametrize("kind", ["gqa", "tied"])
 def test_twenty_training_steps_side_by_side(kind):
+    train_side_by_side(kind)
+
+
+def train_side_by_side(kind, **changes):
+    """Twenty steps in both frameworks; controls change Paddle's optimizer."""
     reference, model = pair(kind)
     model.train()
     batches = ids(rows=4 * 3, length=10).reshape(4, 3, 10)
     theirs = torch.optim.AdamW(reference.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    ours = adamw(model)
+    ours = adamw(model, **changes)
     for step in range(20):
         tokens = batches[step % 4]
         expected = reference(torch.tensor(tokens), labels=torch.tensor(tokens)).loss
@@ -196,6 +247,12 @@ def test_twenty_training_steps_side_by_side(kind):
     for name, weight in reference.named_parameters():
         found = model.state_dict()[paddle_name(name)]
         assert_close(found, to_paddle(name, weight), 1e-3, f"{name} after 20 steps")
+
+
+@pytest.mark.parametrize("what", [dict(beta2=0.999), dict(grad_clip=None), dict(weight_decay=0.0)], ids=str)
+def test_control_another_optimizer_is_noticed(what):
+    with pytest.raises(AssertionError):
+        train_side_by_side("gqa", **what)
 
 
 BROKEN = {

@@ -112,14 +112,14 @@ def gradient_norm(gradient) -> float:
     return float(np.sqrt((np.asarray(gradient, dtype=np.float64) ** 2).sum()))
 
 
-def adamw(model, learning_rate: float = 1e-3):
-    """The optimizer of the reference training runs, on Paddle's side."""
-    return paddle.optimizer.AdamW(
-        learning_rate=learning_rate,
+def adamw(model, **changes):
+    """The optimizer of the reference training runs, on Paddle's side; controls change something about it."""
+    settings = dict(
+        learning_rate=1e-3,
         beta1=0.9,
         beta2=0.95,
         epsilon=1e-8,
         weight_decay=0.1,
-        parameters=model.parameters(),
         grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
     )
+    return paddle.optimizer.AdamW(parameters=model.parameters(), **{**settings, **changes})
