@@ -52,8 +52,10 @@ demo: $(DEMO)
 
 # The tokenizer's part wants a folder with vocab.json and merges.txt: make bench VOCAB=FOLDER
 bench: $(STAMP)
+	@test -f $(VOCAB)/vocab.json || { echo "$(VOCAB) holds no vocab.json: make bench VOCAB=FOLDER"; exit 2; }
 	@$(BIN)/python benchmarks/convert.py
 	@$(BIN)/python benchmarks/load.py
+	@$(BIN)/python benchmarks/operations.py
 	@$(BIN)/python benchmarks/tokenizer.py --vocab $(VOCAB)
 
 clean:

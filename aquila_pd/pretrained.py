@@ -13,7 +13,7 @@ from pathlib import Path
 import paddle
 from paddle import nn
 from paddlenlp.generation import GenerationConfig
-from paddlenlp.transformers import PretrainedModel
+from paddlenlp.transformers import PretrainedConfig, PretrainedModel
 from paddlenlp.transformers.conversion_utils import StateDictNameMapping
 from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 
@@ -111,6 +111,8 @@ class AquilaPretrainedModel(PretrainedModel):
         """The config to build with: the given one copied, or read from where `given` says; fields changed."""
         if isinstance(given, AquilaConfig):
             config = copy.deepcopy(given)
+        elif isinstance(given, PretrainedConfig) and given.model_type == AquilaConfig.model_type:
+            config = AquilaConfig.from_dict(given.to_dict())  # of another copy of this module, in a converted folder
         else:
             where = {name: options[name] for name in CONFIG_OPTIONS & options.keys()}
             config = cls.config_class.from_pretrained(str(given), **where)

@@ -64,7 +64,12 @@ def register() -> None:
 
 
 def _stand_in_package() -> None:
-    """paddlenlp.transformers.aquila, whose parts are our modules, imported when first asked for."""
+    """paddlenlp.transformers.aquila, whose parts are our modules, imported when first asked for.
+
+    Where a converted folder's own modules came first, they stay: two copies of a class would not know each other.
+    """
+    if "paddlenlp.transformers.aquila" in sys.modules:
+        return
     package = _LazyModule("paddlenlp.transformers.aquila", _tokenizer)
     package.__path__ = []  # a package: its submodules are then looked up in sys.modules
     sys.modules[package.__name__] = package

@@ -35,8 +35,7 @@ def convert(gguf: Path) -> dict:
     """Run the converter as a user would; its report."""
     command = [sys.executable, str(ROOT / "convert" / "torch2paddle.py"), "--input", str(gguf), "--output", str(MODEL)]
     command += ["--max-shard-size", "200MB", "--verify", "logits", "--report", str(REPORT), "--overwrite"]
-    shown = [part.replace(f"{ROOT}/", "").replace(str(gguf), gguf.name) for part in command[1:]]
-    print("$ python", *shown, flush=True)
+    print("$ python", *(part.replace(f"{ROOT}/", "") for part in command[1:]), flush=True)
     if subprocess.run(command).returncode:
         sys.exit("The conversion failed; its message is above.")
     return json.loads(REPORT.read_text())
@@ -83,18 +82,22 @@ def answer_on_torch(model, tokenizer, prompt: str) -> tuple[list[int], str]:
 
 
 def main() -> int:
+    start = time.perf_counter()
     gguf = find_gguf()
     OUTPUT.mkdir(exist_ok=True)
     report = convert(gguf)
 
+    print("\nReading the same file with transformers, for torch's answer ...", flush=True)
     torch_model, torch_tokenizer = reference(gguf)
     messages = [{"role": "user", "content": QUESTION}]
     prompt = torch_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     torch_ids, torch_text = answer_on_torch(torch_model, torch_tokenizer, prompt)
+    print("Loading the converted folder with PaddleNLP ...", flush=True)
     paddle_ids, paddle_text, seconds = answer_on_paddle(prompt)
 
     print(f"\nQuestion  {QUESTION}\nPaddle    {paddle_text}\nTorch     {torch_text}\n")
     equal = sum(a == b for a, b in zip(paddle_ids, torch_ids, strict=False))
+    seconds["all"] = time.perf_counter() - start
     print_table(report, seconds, f"{equal} of {max(len(paddle_ids), len(torch_ids))}")
     return 0 if paddle_ids == torch_ids and paddle_text == torch_text else 1
 
@@ -107,6 +110,7 @@ def print_table(report: dict, seconds: dict, tokens_equal: str) -> None:
         "seconds to convert": f"{report['seconds']:.1f}",
         "seconds to load": f"{seconds['load']:.1f}",
         "seconds to answer": f"{seconds['answer']:.1f}",
+        "seconds in all": f"{seconds['all']:.0f}",
         "worst logit difference": f"{logits['worst']:.1e}",
         "tokens equal": tokens_equal,
     }

@@ -104,6 +104,26 @@ print(type(model).__module__, type(tokenizer).__module__)
     assert run(WITHOUT_THE_PACKAGE + code, folder).split()[-2:] == ["modeling_aquila_pd", "tokenizer_aquila_pd"]
 
 
+@pytest.mark.slow
+def test_flat_modules_and_the_package_live_in_one_process(converted):
+    """Whichever came first serves the Auto classes, and each loads with a config of the other."""
+    folder, _, _ = converted
+    code = """
+import sys
+sys.path.insert(0, "")
+for module in {order}:
+    __import__(module)
+import aquila_pd, modeling_aquila_pd
+from paddlenlp.transformers import AutoConfig
+config = AutoConfig.from_pretrained(".")
+for cls in (aquila_pd.AquilaForCausalLM, modeling_aquila_pd.AquilaForCausalLM):
+    print(type(cls.from_pretrained(".", config=config)).__module__)
+"""
+    for order in (["aquila_pd", "modeling_aquila_pd"], ["modeling_aquila_pd", "aquila_pd"]):
+        found = run(code.format(order=order), folder).split()[-2:]
+        assert found == ["aquila_pd.modeling", "modeling_aquila_pd"]
+
+
 def test_control_the_block_really_hides_the_package(converted):
     with pytest.raises(AssertionError, match="No module named 'aquila_pd'"):
         run(WITHOUT_THE_PACKAGE + "import aquila_pd", converted[0])

@@ -8,9 +8,12 @@ import ast
 import re
 from pathlib import Path
 
+from ..versions import NAME, VERSION
+
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOTS = ("modeling", "tokenizer")
 KEEPS_ITS_NAME = ("fusion_ops",)
+ORIGIN = f"# From {NAME} {VERSION}.\n"
 
 
 def flat_name(module: str) -> str:
@@ -70,6 +73,6 @@ def write_bundle(output: Path, package: Path = PACKAGE) -> list[str]:
     written = []
     for module in bundled_modules(package):
         code = (package / f"{module}.py").read_text("utf-8")
-        (output / f"{flat_name(module)}.py").write_text(flatten(code), "utf-8")
+        (output / f"{flat_name(module)}.py").write_text(ORIGIN + flatten(code), "utf-8")
         written.append(f"{flat_name(module)}.py")
     return written
