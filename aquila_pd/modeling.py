@@ -222,51 +222,57 @@ class AquilaModel(AquilaPretrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.use_return_dict if return_dict is None else return_dict
-        if (input_ids is None) == (inputs_embeds is None):
-            raise AquilaError("Give either input_ids or inputs_embeds, and not both.")
-
-        dtype, place = self.embed_tokens.weight.dtype, self.embed_tokens.weight.place
-        if dtype in HALF and place.is_cpu_place():
-            raise AquilaError(f"Paddle has no CPU kernels to compute in {dtype}. Load the model as float32.")
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
-        B, T, _ = x.shape
-        # Without weights to show: they would have to outlive the layer that recompute forgets.
+        x = self._embedded(input_ids, inputs_embeds)  # [B, T, D]
+        # Not with weights to show: they would have to outlive the layer that recompute forgets.
         recomputing = self.enable_recompute and self.training and paddle.is_grad_enabled() and not output_attentions
         if recomputing and (use_cache or past_key_values is not None):
             raise AquilaError("Recompute runs each layer twice and cannot fill a cache; pass use_cache=False.")
-        cache, given_tuple = self._cache(past_key_values, use_cache)
-        S = T + (cache.length if cache is not None else 0)
-        C = S if cache is None else cache.reserve(T)  # the keys attention sees: S, and what the cache has room for
+        cache, in_tuples = self._cache(past_key_values, use_cache)
+        S = x.shape[1] + (cache.length if cache is not None else 0)
+        mask, cos, sin = self._mask_and_angles(x, attention_mask, position_ids, cache, S)
 
-        by_row = attention_mask is not None and attention_mask.ndim != 2
-        keep = keep_mask(None if by_row else attention_mask, B, S)
-        mask = full_mask(attention_mask, B, T, S) if by_row else causal_mask(keep, T)  # [B or 1, 1, T or 1, S]
-        mask = hide_beyond(mask, C)
-        if position_ids is None:
-            position_ids = positions(keep, T)
-        cos, sin = self.rotary(position_ids, S)
-
-        hidden_states, attentions = [x], []
+        hidden_states, attentions = [], []
         for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(x)
             if recomputing:
                 # Under frozen embeddings (LoRA) x has no gradient, which the reentrant form would take for an end.
                 x = recompute(layer, x, cos, sin, mask, use_reentrant=not x.stop_gradient)
-            else:
-                x = layer(x, cos, sin, mask, cache, output_attentions)
-            if output_attentions:
-                x, weights = x
+            elif output_attentions:
+                x, weights = layer(x, cos, sin, mask, cache, output_attentions=True)
                 attentions.append(weights[..., :S])
-            hidden_states.append(x)
+            else:
+                x = layer(x, cos, sin, mask, cache)
         x = self.norm(x)
-        hidden_states[-1] = x
 
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=cache.to_tuple() if given_tuple else cache,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            past_key_values=cache.to_tuple() if in_tuples else cache,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
         return output if return_dict else _as_tuple(output)
+
+    def _embedded(self, input_ids, inputs_embeds):
+        """What goes into the first layer, [B, T, D]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise AquilaError("Give either input_ids or inputs_embeds, and not both.")
+        weight = self.embed_tokens.weight
+        if weight.dtype in HALF and weight.place.is_cpu_place():
+            raise AquilaError(f"Paddle has no CPU kernels to compute in {weight.dtype}. Load the model as float32.")
+        return self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def _mask_and_angles(self, x, attention_mask, position_ids, cache: KVCache | None, S: int):
+        """The boolean mask [B or 1, 1, T or 1, C], and cos, sin [B, T, 1, H]."""
+        B, T, _ = x.shape
+        if attention_mask is not None and attention_mask.ndim != 2:
+            keep, mask = keep_mask(None, B, S), full_mask(attention_mask, B, T, S)
+        else:
+            keep = keep_mask(attention_mask, B, S)
+            mask = causal_mask(keep, T)
+        if cache is not None:
+            mask = hide_beyond(mask, cache.reserve(T))
+        return mask, *self.rotary(positions(keep, T) if position_ids is None else position_ids, S)
 
     def _cache(self, past_key_values, use_cache: bool | None):
         """The cache to append to or None, and whether the caller speaks in tuples.
