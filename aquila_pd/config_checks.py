@@ -3,31 +3,39 @@
 Sizes and the rotary scaling only. Which keys a file may carry is the business of the families.
 """
 
+import sys
+
 from .errors import ConfigError, report
 
 ROPE_TYPES = ("linear", "dynamic")
 UNSCALED = "default"  # transformers' spelling of "no scaling"
 ROPE_KEYS = {"type", "rope_type", "factor"}
+ORIGINAL = "original_max_position_embeddings"  # says the same as max_position_embeddings for the types known here
+MOST_LAYERS = 10_000  # no model has a tenth; beyond, a damaged number would fill the memory with names of tensors
 
 
-def rope_scaling(value: object) -> dict | None:
+def rope_scaling(value: object, *, max_position_embeddings: int | None = None) -> dict | None:
     """rope_scaling of a config.json as {"type": "linear" | "dynamic", "factor": float}, or None when nothing is scaled.
 
-    Reads both spellings of the type ("type", and "rope_type" of newer files). Raises ConfigError.
+    Reads both spellings of the type ("type", and "rope_type" of newer files). original_max_position_embeddings may be
+    there when it equals max_position_embeddings, of which the scalings known here make their use. Raises ConfigError.
     """
     if value is None:
         return None
     if not isinstance(value, dict):
         raise _bad_scaling(value, ["it is not a mapping"])
     kinds = {value[key] for key in ("type", "rope_type") if isinstance(value.get(key), str)}
-    findings = [f"unknown key {key!r} = {value[key]!r}" for key in sorted(set(value) - ROPE_KEYS, key=str)]
+    known = ROPE_KEYS if max_position_embeddings is None else {*ROPE_KEYS, ORIGINAL}
+    findings = [f"unknown key {key!r} = {value[key]!r}" for key in sorted(set(value) - known, key=str)]
+    if ORIGINAL in known and value.get(ORIGINAL) not in (None, max_position_embeddings):
+        findings.append(f"{ORIGINAL} is {value[ORIGINAL]!r}, max_position_embeddings is {max_position_embeddings!r}")
     if not kinds:
         findings.append("it names no type")
     if len(kinds) > 1:
         findings.append(f"type and rope_type differ: {sorted(kinds)}")
     findings += [f"unknown type {kind!r}" for kind in sorted(kinds - {*ROPE_TYPES, UNSCALED})]
     factor = value.get("factor", 1.0 if kinds == {UNSCALED} else None)
-    if not _is_number(factor) or not 1.0 <= factor < float("inf"):
+    if not _is_number(factor) or not 1.0 <= factor <= sys.float_info.max:
         findings.append(f"factor is {factor!r}, not a finite number of at least 1")
     if findings:
         raise _bad_scaling(value, findings)
@@ -52,7 +60,7 @@ def sizes(hidden_size: int, num_attention_heads: int, num_key_value_heads: int, 
         if not _is_whole(value) or value < 1
     ]
     if not findings:
-        findings = _indivisible(hidden_size, num_attention_heads, num_key_value_heads)
+        findings = _too_many(others) + _indivisible(hidden_size, num_attention_heads, num_key_value_heads)
     if findings:
         raise ConfigError(
             report(
@@ -68,8 +76,15 @@ def numbers(**named: object) -> list[str]:
     return [
         f"{name} is {value!r}, not a positive number"
         for name, value in named.items()
-        if not _is_number(value) or not 0 < value < float("inf")
+        if not _is_number(value) or not 0 < value <= sys.float_info.max
     ]
+
+
+def _too_many(counts: dict[str, object]) -> list[str]:
+    layers = counts.get("num_hidden_layers", 0)
+    if not _is_whole(layers) or layers <= MOST_LAYERS:
+        return []
+    return [f"num_hidden_layers is {layers}; more than {MOST_LAYERS} are taken for damage"]
 
 
 def _indivisible(d: int, heads: int, kv_heads: int) -> list[str]:

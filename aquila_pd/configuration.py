@@ -130,7 +130,7 @@ class AquilaConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
-        self.rope_scaling = checked_rope_scaling(rope_scaling)
+        self.rope_scaling = checked_rope_scaling(rope_scaling, max_position_embeddings=max_position_embeddings)
         super().__init__(
             use_cache=use_cache,
             pad_token_id=pad_token_id,

@@ -10,7 +10,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import CheckpointError, ConfigError, report
+from .files import JSON_ERRORS, lfs_pointer, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -133,10 +133,13 @@ def read_placement(folder: Path, naming: Naming) -> tuple[dict[str, set[str] | N
 
 
 def _read_index(folder: Path, naming: Naming) -> tuple[dict[str, set[str] | None], list[str]]:
+    pointer = lfs_pointer(folder / naming.index)
+    if pointer:
+        return {}, [pointer]
     try:
-        pairs = json.loads((folder / naming.index).read_text("utf-8"), object_pairs_hook=list)
+        pairs = json.loads((folder / naming.index).read_text("utf-8-sig"), object_pairs_hook=list)
         rows = [(str(name), str(file)) for name, file in dict(pairs)["weight_map"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (*JSON_ERRORS, KeyError, TypeError) as error:
         return {}, [f"{naming.index} is not an index with a weight_map ({type(error).__name__}: {error})"]
     placed: dict[str, set[str] | None] = {}
     for name, file in rows:
@@ -164,6 +167,9 @@ def read_header(path: Path) -> tuple[list[TensorInfo], list[str]]:
     size = path.stat().st_size
     if size == 0:
         return [], [f"{path.name} has zero bytes"]
+    pointer = lfs_pointer(path)
+    if pointer:
+        return [], [pointer]
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= MAX_HEADER:
@@ -175,7 +181,7 @@ def read_header(path: Path) -> tuple[list[TensorInfo], list[str]]:
         pairs = json.loads(text, object_pairs_hook=list)
         rows = [(name, dict(body)) for name, body in pairs if name != "__metadata__"]
         infos = [_tensor_info(name, body, path, 8 + length) for name, body in rows]
-    except (ValueError, KeyError, TypeError) as error:
+    except (*JSON_ERRORS, KeyError, TypeError) as error:
         return [], [f"{path.name} has a damaged header ({type(error).__name__}: {error})"]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     findings = _check_header(infos, path.name, 8 + length, size)
@@ -183,9 +189,16 @@ def read_header(path: Path) -> tuple[list[TensorInfo], list[str]]:
 
 
 def _tensor_info(name: str, body: dict, path: Path, base: int) -> TensorInfo:
-    begin, end = body["data_offsets"]
+    begin, end = (_whole(n) for n in body["data_offsets"])
     tag = READ_AS.get(body["dtype"], body["dtype"])
-    return TensorInfo(name, tag, tuple(int(n) for n in body["shape"]), path, base + int(begin), int(end) - int(begin))
+    return TensorInfo(name, tag, tuple(_whole(n) for n in body["shape"]), path, base + begin, end - begin)
+
+
+def _whole(number: object) -> int:
+    """JSON has 32.7, "32", true and Infinity too, all of which int() would take or choke on."""
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} is not a whole number")
+    return number
 
 
 def _check_header(infos: list[TensorInfo], file: str, base: int, size: int) -> list[str]:
@@ -311,18 +324,6 @@ def tag_of(array: np.ndarray) -> str:
             f"A tensor of dtype {array.dtype} cannot be saved. Cast it to one of {', '.join(DTYPES)}."
         )
     return TAGS[array.dtype]
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A JSON file that is either whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
 
 
 def header_bytes(entries: Sequence[Entry]) -> bytes:

@@ -27,6 +27,7 @@ from paddlenlp.utils.log import logger
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from .errors import TokenizerError
+from .files import write_text
 from .tokenizer_files import (
     build_bpe,
     content_of,
@@ -37,7 +38,6 @@ from .tokenizer_files import (
     require_tokenizer,
     special_names,
     write_files,
-    write_text,
 )
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -187,7 +187,8 @@ class AquilaTokenizer(PretrainedTokenizer):
         names = write_files(self.backend, config, output=folder, prefix=prefix)
         if isinstance(self.chat_template, ChatTemplate):
             template = json.dumps(asdict(self.chat_template), ensure_ascii=False)
-            names.append(write_text(folder / "chat_template.json", template))
+            write_text(folder / "chat_template.json", template)
+            names.append("chat_template.json")
         return tuple(str(folder / name) for name in names)
 
     def __getstate__(self) -> dict:

@@ -7,13 +7,14 @@ which the published folder uses and does not list. What users call is in tokeniz
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from .errors import TokenizerError, report
+from .files import read_object, read_text, refuse_lfs_pointer, write_text
+from .gguf_file import PRE_TOKENIZER, UNNAMED, open_gguf, pre_tokenizer_note, read_value
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ def require_tokenizer(folder: Path) -> None:
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json, without the padding and truncation it may have been saved with."""
+    refuse_lfs_pointer(path, TokenizerError)
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -182,6 +184,9 @@ def build_bpe(vocab_file: Path, merges_file: Path, *, config: dict) -> Tokenizer
 
 
 def read_bpe(vocab_file: Path, merges_file: Path) -> models.BPE:
+    for file in (vocab_file, merges_file):
+        if file.is_file():
+            refuse_lfs_pointer(file, TokenizerError)
     try:
         return models.BPE.from_file(str(vocab_file), str(merges_file))
     except Exception as error:  # the library raises bare Exception
@@ -300,13 +305,7 @@ def check_names(names: dict, backend: Tokenizer, folder: Path) -> None:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; raises TokenizerError naming the file when it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}\nFetch the file again.") from error
-    if not isinstance(found, dict):
-        raise TokenizerError(f"{path} holds a {type(found).__name__}, not an object.\nFetch the file again.")
-    return found
+    return read_object(path, TokenizerError)
 
 
 def read_config(folder: Path) -> dict:
@@ -324,7 +323,7 @@ def read_config(folder: Path) -> dict:
     if added:
         config["added_tokens"] = added
     if (folder / "chat_template.jinja").is_file():
-        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        config["chat_template"] = read_text(folder / "chat_template.jinja", TokenizerError)
     return config
 
 
@@ -356,14 +355,14 @@ def from_gguf(path: Path) -> tuple[Tokenizer, dict]:
     Only byte-level BPE ("gpt2") files are read. Control tokens are special; user-defined tokens are matched whole.
     A file without tokenizer.ggml.pre, or with "default" in it, was written by a converter that did not recognise
     the pattern: GPT-2's is used, which is Aquila's, and a warning says so.
-    Raises TokenizerError for another kind of tokenizer, an unknown pattern, or missing or contradicting fields.
+    Raises TokenizerError for another kind of tokenizer, an unknown pattern, or missing or contradicting fields;
+    CheckpointError for a damaged file.
     """
-    from gguf import GGUFReader  # only GGUF sources need the package
-
-    fields = GGUFReader(str(path)).fields
+    file = open_gguf(path)
 
     def read(key: str, default: object = None) -> object:
-        return fields[key].contents() if key in fields else default
+        value = read_value(file, key, path)
+        return default if value is None else value
 
     kind = read("tokenizer.ggml.model")
     if kind != "gpt2":
@@ -411,9 +410,9 @@ def check_gguf(path: Path, vocab: dict, tokens: list, merges: list, types: list)
 
 def gguf_config(path: Path, read, tokens: list[str]) -> dict:
     """What tokenizer_config.json would say of the tokenizer behind `read`, a function from key to value."""
-    pre = read("tokenizer.ggml.pre")
-    if pre in (None, "default"):
-        logger.warning("%s does not name its pre-tokenizer (tokenizer.ggml.pre is %r): using gpt-2", path, pre)
+    pre = read(PRE_TOKENIZER)
+    if pre in UNNAMED:
+        logger.warning("%s: %s", path, pre_tokenizer_note(pre))
         pre = "gpt-2"
     config = {"pre_tokenizer": pre, "add_bos_token": bool(read("tokenizer.ggml.add_bos_token", False))}
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
@@ -481,19 +480,13 @@ def write_files(backend: Tokenizer, config: dict, *, output: Path, prefix: str =
         CONFIG_JSON: json.dumps(written, ensure_ascii=False, indent=2) + "\n",
         SPECIAL_MAP_JSON: json.dumps(names, ensure_ascii=False, indent=2) + "\n",
     }
-    return [write_text(output / (prefix + name), text) for name, text in contents.items()]
-
-
-def write_text(path: Path, text: str) -> str:
-    """Write under a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text.encode("utf-8"))  # bytes: no platform newlines
-    os.replace(temporary, path)
-    return path.name
+    for name, text in contents.items():
+        write_text(output / (prefix + name), text)
+    return [prefix + name for name in contents]
 
 
 def copy_file(source: Path, target: Path) -> str:
+    refuse_lfs_pointer(source, TokenizerError)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     return target.name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 # sizes that differ wherever they may: q 32, kv 16, ff 64, vocab 80; q and o are square, which hides a lost transpose
 CONFIG = {
@@ -70,6 +70,14 @@ def expected(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         linear = name.endswith("_proj.weight") or name == "lm_head.weight"
         found["aquila." + name[len("model.") :] if name.startswith("model.") else name] = value.T if linear else value
     return found
+
+
+def load_folder(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder through the safetensors library."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
 
 
 def write_config(folder: Path, config: dict) -> None:

@@ -10,6 +10,7 @@ import checkpoint_factory as factory
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoint_factory import load_folder
 from safetensors.numpy import load_file
 
 from aquila_pd import shards
@@ -23,14 +24,6 @@ from aquila_pd.families.dialect import Dialect, rotate_half_rows
 from convert.torch2paddle import main
 
 QUIET = {"say": lambda text: None}
-
-
-def load_folder(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder through the safetensors library."""
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
@@ -120,53 +113,6 @@ def test_v1_logits_are_those_of_the_original_and_without_reordering_they_are_not
     assert worst("wrong") > 0.1
 
 
-# ------------------------------------------------------------------------------------------------ verification
-
-
-def test_content_verification_notices_a_square_weight_left_untransposed(source, tmp_path, monkeypatch):
-    square = "model.layers.1.self_attn.o_proj.weight"
-
-    def forgetful(tensor, region, *, transpose):
-        forget = tensor.shape == region.shape == (32, 32) and np.array_equal(tensor, weights[square])
-        return moving.move(tensor, region, transpose=transpose and not forget)
-
-    weights = load_folder(source)
-    monkeypatch.setattr(convert_module, "move", forgetful)
-    with pytest.raises(VerificationError, match=r"aquila\.layers\.1\.self_attn\.o_proj\.weight: [\d,]+ of 1,024"):
-        convert(source, tmp_path / "out", **QUIET)
-    assert not (tmp_path / "out").exists()
-
-
-def test_content_verification_names_the_worst_place(source, tmp_path):
-    convert(source, tmp_path / "out", **QUIET)
-    info = shards.read_layout(tmp_path / "out")["aquila.layers.0.mlp.up_proj.weight"]
-    value = np.memmap(info.file, ml_dtypes.bfloat16, "r+", info.offset, info.shape)  # [32, 64]; the source is [64, 32]
-    value[5, 7] = 99.0
-    value.flush()
-    with open_source(source) as opened, pytest.raises(VerificationError, match=r"1 of 2,048; at \[7, 5\] .* output 99"):
-        verify.verify_content(opened, tmp_path / "out")
-
-
-@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 4.0}])
-def test_logits_agree_with_transformers_on_the_source(tmp_path, scaling):
-    config = factory.config(rope_scaling=scaling)
-    folder = factory.write_safetensors(tmp_path / "source", config, factory.weights(config))
-    summary = convert(folder, tmp_path / "out", verify="logits", **QUIET)
-    assert [check.kind for check in summary.verified] == ["content", "logits"]
-    assert summary.verified[1].worst < verify.TOLERANCE
-
-
-def test_logits_verification_notices_two_swapped_norms(tmp_path):
-    config = factory.config()
-    right = factory.weights(config)
-    first, second = "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"
-    factory.write_safetensors(tmp_path / "right", config, right)
-    factory.write_safetensors(tmp_path / "wrong", config, {**right, first: right[second], second: right[first]})
-    convert(tmp_path / "wrong", tmp_path / "out", **QUIET)
-    with open_source(tmp_path / "right") as opened, pytest.raises(VerificationError, match="worst at row"):
-        verify.verify_logits(opened, tmp_path / "out")
-
-
 # ------------------------------------------------------------------------------------------------ GGUF
 
 
@@ -226,14 +172,24 @@ def test_dtype_rounds_to_nearest_even(tmp_path, dtype):
     assert summary.plan.config["dtype"] == dtype
 
 
-def test_what_overflows_is_counted_and_reported(tmp_path, capsys):
+def test_what_overflows_is_an_error_that_names_every_tensor(tmp_path, capsys):
     config = factory.config()
     tensors = factory.weights(config)
     tensors["model.norm.weight"][3:5] = 1e6
+    tensors["lm_head.weight"][7, 7] = -1e6
+    tensors["lm_head.weight"][8, 8] = np.inf  # stored so: a warning only
     factory.write_safetensors(tmp_path / "source", config, tensors)
-    out = str(tmp_path / "out")
-    assert main(["--input", str(tmp_path / "source"), "--output", out, "--dtype", "float16"]) == 0
-    assert "model.norm.weight: 2 values are too large for F16" in capsys.readouterr().out
+    argv = ["--input", str(tmp_path / "source"), "--output", str(tmp_path / "out"), "--dtype"]
+    assert main([*argv, "float16"]) == 1
+    message = capsys.readouterr().err
+    assert "model.norm.weight: 2 values too large for float16" in message
+    assert "lm_head.weight: 1 value too large for float16" in message
+    assert "--dtype bfloat16" in message
+    assert not (tmp_path / "out").exists()
+    assert main([*argv, "bfloat16"]) == 0
+    text = capsys.readouterr().out
+    assert "lm_head.weight holds 1 NaN or infinite values; they were kept" in text
+    assert "content equal after rounding to bfloat16 (" in text
 
 
 @pytest.mark.parametrize("shape", [(256, 64), (1000, 37), (264, 1030), (7, 5), (33,)])
@@ -354,6 +310,29 @@ def test_sampling_options_become_paddlenlps(source, tmp_path):
         "top_p": 0.9,
     }
     assert found == wanted
+
+
+def written_generation(source: Path, output: Path, **generation) -> tuple[dict, str]:
+    """generation_config.json of a conversion, and all warnings."""
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    summary = convert(source, output, **QUIET)
+    return json.loads((output / "generation_config.json").read_text()), "\n".join(summary.warnings)
+
+
+def test_scalar_eos_of_the_generation_config_is_kept_and_said(source, tmp_path):
+    found, warnings = written_generation(source, tmp_path / "out", eos_token_id=5)
+    assert found["eos_token_id"] == 5
+    assert "eos_token_id: config.json says 79, generation_config.json 5; each file is written as it was" in warnings
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 79
+
+
+def test_tokenizers_ids_win_over_the_generation_configs(source, tmp_path):
+    factory.write_byte_tokenizer(source, bos="[CLS]", eos="</s>", pad="<|endoftext|>")  # eos 2
+    found, warnings = written_generation(source, tmp_path / "a", eos_token_id=5)
+    assert found["eos_token_id"] == 2
+    assert "eos_token_id: generation_config.json says 5, the tokenizer 2; the tokenizer's is written" in warnings
+    found, _ = written_generation(source, tmp_path / "b", eos_token_id=[5, 2])
+    assert found["eos_token_id"] == [5, 2]
 
 
 # ------------------------------------------------------------------------------------------------ shards

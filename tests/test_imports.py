@@ -18,7 +18,7 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
     {"errors", "processor", "registration"},
     {"startup"},
     {"versions", "weight_map", "config_checks"},
-    {"families", "shards", "tokenizer_files"},
+    {"families", "files", "gguf_file", "shards", "tokenizer_files"},
     {"checkpoint"},
 )
 MODEL = (

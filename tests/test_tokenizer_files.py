@@ -1,8 +1,10 @@
 """The tokenizer files AquilaTokenizer reads and writes: folders, GGUF files, other vocabularies, damaged ones."""
 
 import json
+import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import gguf
@@ -10,11 +12,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from aquila_pd import AquilaTokenizer
-from aquila_pd.errors import TokenizerError
+from aquila_pd.errors import CheckpointError, TokenizerError
+from aquila_pd.gguf_file import open_gguf
 from aquila_pd.tokenizer_files import AQUILA_SPECIALS, from_gguf, load_backend, write_tokenizer
 from conftest import SHARED, TESTS
 
 FILES = SHARED / "tokenizer"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
+POINTED = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +234,35 @@ def test_a_gguf_file_that_adds_bos_does(tiny, tmp_path):
     assert backend.encode("the").tokens[0] == config["bos_token"] == "<|im_start|>"
 
 
+def test_a_gguf_file_with_text_that_is_not_utf8_is_named(tiny, tmp_path):
+    path = write_gguf(tmp_path / "bad.gguf", tiny)
+    path.write_bytes(path.read_bytes().replace(b"<user made>", b"<user\xffmade>"))
+    with pytest.raises(CheckpointError, match=r"bad.gguf: its metadata tokenizer.ggml.tokens is damaged"):
+        from_gguf(path)
+
+
+def test_a_gguf_file_is_parsed_once_while_somebody_holds_it(tiny, tmp_path, monkeypatch):
+    parsed = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path):
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    path = write_gguf(tmp_path / "model.gguf", tiny)
+    held = open_gguf(path)
+    from_gguf(path)
+    assert len(parsed) == 1
+    write_gguf(path, tiny, pre="gpt-2", bos=3)
+    os.utime(path, (1, 1))  # a clock may be too coarse to show the change
+    assert from_gguf(path)[1]["pre_tokenizer"] == "gpt-2"  # another file under the same name
+    assert len(parsed) == 2
+    gone = weakref.ref(held)
+    del held
+    assert gone() is None  # the map goes with the last who holds it
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -303,7 +337,10 @@ def test_a_sentencepiece_model_is_carried_along_and_not_loaded(tmp_path):
     ("damage", "expected"),
     [
         (lambda f: (f / "merges.txt").unlink(), "missing     merges.txt"),
-        (lambda f: (f / "vocab.json").write_text('{"a": 0'), "vocab.json cannot be read"),
+        (lambda f: (f / "vocab.json").write_text('{"a": 0'), "vocab.json is not JSON"),
+        (lambda f: (f / "vocab.json").write_text("[" * 100_000), "vocab.json is not JSON"),
+        (lambda f: (f / "tokenizer_config.json").write_bytes(b"\xff"), "tokenizer_config.json is not UTF-8"),
+        *((lambda f, name=name: (f / name).write_text(POINTER), f"{name} is a Git LFS pointer") for name in POINTED),
         (lambda f: (f / "vocab.json").write_text("[]"), "holds a list"),
         (lambda f: (f / "merges.txt").write_text("#version: 0.2\nq zz\n"), "do not make a BPE"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),

@@ -1,9 +1,12 @@
 """From a Hugging Face folder or a GGUF file to a folder that PaddleNLP loads: plan, write, verify, appear."""
 
+import json
+import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -12,18 +15,18 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .. import families, shards
-from ..errors import ConfigError, OutputError
+from ..errors import CheckpointError, ConfigError, OutputError, report
 from ..shards import Entry, write_json
 from .bundle import write_bundle
-from .layout import CONFIG, read_json
+from .ids import GENERATION_CONFIG, check_vocabulary
+from .layout import CONFIG
 from .moving import move
-from .output import check_output, nearest_parent, staging
-from .plan import Plan, describe, make_plan, megabytes
-from .progress import Progress
+from .output import check_output, clear_leftovers, nearest_parent, staging
+from .plan import NAMES, Plan, describe, make_plan, megabytes
+from .progress import Progress, counted
 from .sources import Source, open_source
 from .verify import Verified, check_logits_possible, verify_content, verify_logits
 
-GENERATION_CONFIG = "generation_config.json"
 VERIFICATIONS = ("none", "content", "logits")
 VERSIONS_OF = ("aquila_pd", "numpy", "ml_dtypes", "torch", "transformers", "gguf", "paddlepaddle", "paddlenlp")
 
@@ -44,8 +47,8 @@ class Summary:
         rate = self.plan.nbytes / max(self.seconds, 1e-6) / 1e6
         checks = "; ".join(check.sentence for check in self.verified) or "not verified"
         return (
-            f"Converted {len(self.plan.moves)} tensors, {megabytes(self.plan.nbytes)}, in {self.seconds:.1f} s "
-            f"({rate:,.0f} MB/s) to {self.output}; {checks}."
+            f"Converted {counted(len(self.plan.moves), 'tensor')}, {megabytes(self.plan.nbytes)}, "
+            f"in {self.seconds:.1f} s ({rate:,.0f} MB/s) to {self.output}; {checks}."
         )
 
 
@@ -72,26 +75,30 @@ def convert(
     report_file = Path(report_file) if report_file else None
     if verify not in VERIFICATIONS:
         raise ConfigError(f"The verification {verify!r} is not known. Choose one of {', '.join(VERIFICATIONS)}.")
+    shards.parse_size(max_shard_size)  # before a large source is opened
     with open_source(source, family) as opened, TemporaryDirectory(prefix="aquila_pd-") as prepared:
         plan = make_plan(opened, dtype=dtype, max_shard_size=max_shard_size)
-        summary = Summary(plan, output, warnings=[*plan.warnings, *_prepare_tokenizer(opened.path, Path(prepared))])
+        summary = Summary(plan, output, warnings=[*plan.warnings, *_prepare_tokenizer(opened, Path(prepared))])
         say(describe(plan, output))
         _say_warnings(summary.warnings, say)
+        for line in [] if dry_run else clear_leftovers(output):
+            say(line)
         check_output(output, opened.path, overwrite=overwrite, nbytes=plan.nbytes)
-        _check_report(report_file, opened.path)
+        check_report(report_file, opened.path, output)
         if verify == "logits":
             check_logits_possible(opened)
         if dry_run:
-            say("Dry run: nothing was written.")
+            say("Dry run: nothing was written" + (", the report neither." if report_file else "."))
             return summary
-        with staging(output) as folder:
+        with staging(output, overwrite=overwrite, say=say) as folder:
             found = _write(opened, folder, summary, tokenizer=Path(prepared))
             _say_warnings(found, say)
             summary.warnings += found
-            _verify(opened, folder, summary, verify=verify, rounded_to=dtype, say=say)
-    if report_file:
-        write_json(report_file, report_of(summary))
-    say(summary.last_line)
+            _verify(opened, folder, summary, verify=verify, rounded_to=dtype, nonfinite=bool(found), say=say)
+    with _completed(output):
+        if report_file:
+            _write_report(report_file, summary)
+        say(summary.last_line)
     return summary
 
 
@@ -100,30 +107,50 @@ def _say_warnings(warnings: list[str], say: Callable[[str], None]) -> None:
         say(f"  warning   {warning}")
 
 
-def _prepare_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Make the tokenizer's files before any weight is written: a tokenizer that cannot be read stops the plan."""
-    from ..tokenizer_files import write_tokenizer  # imports the tokenizers library
+def _prepare_tokenizer(source: Source, folder: Path) -> list[str]:
+    """Make the tokenizer's files before any weight is written: one that cannot be read or used stops the plan."""
+    from ..tokenizer_files import SENTENCEPIECE, TOKENIZER_JSON, write_tokenizer  # imports the tokenizers library
 
-    written = write_tokenizer(source, folder)
-    return [] if written else [f"{source} holds no tokenizer files; the output has none either"]
+    written = write_tokenizer(source.path, folder)
+    if TOKENIZER_JSON in written:
+        check_vocabulary(folder, source.fields["vocab_size"])
+        return []
+    if SENTENCEPIECE in written:
+        return [f"{SENTENCEPIECE} is a SentencePiece model, which AquilaTokenizer cannot load yet; it is only copied"]
+    return [f"{source.path} holds no tokenizer files; the output has none either"]
 
 
 def _write(source: Source, folder: Path, summary: Summary, *, tokenizer: Path) -> list[str]:
     """Weights with their index, then what makes the folder a model; returns what was found in the values."""
     begin = time.monotonic()
-    findings = write_weights(source, folder, summary.plan)
-    write_json(folder / CONFIG, summary.plan.config)
-    write_json(folder / GENERATION_CONFIG, generation_config(source, summary.plan))
-    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-    write_bundle(folder)
+    try:
+        findings = write_weights(source, folder, summary.plan)
+        write_json(folder / CONFIG, summary.plan.config)
+        write_json(folder / GENERATION_CONFIG, summary.plan.generation)
+        for path in sorted(tokenizer.iterdir()):  # one by one: copytree would copy the temporary folder's mode too
+            shutil.copyfile(path, folder / path.name)
+        write_bundle(folder)
+    except BrokenPipeError:  # of the progress lines, whose reader is gone; no disk is at fault
+        raise
+    except OSError as error:
+        if error.filename and source.path in [Path(error.filename), *Path(error.filename).parents]:
+            raise  # the source cannot be read; the output is not to blame
+        raise OutputError(
+            f"Writing {summary.output} failed: {error.strerror or error}. Nothing was kept.\n"
+            "Make room, or choose another disk."
+        ) from error
     summary.seconds = time.monotonic() - begin
     summary.files = sorted(path.name for path in folder.iterdir())
     return findings
 
 
 def write_weights(source: Source, folder: Path, plan: Plan) -> list[str]:
-    """Stream every tensor from its source to its place; return what was found in the values."""
+    """Stream every tensor from its source to its place; name those that hold NaN or infinite values.
+
+    Raises CheckpointError naming every tensor with finite values that its dtype cannot hold.
+    """
     findings: list[str] = []
+    overflows: dict[str, int] = {}
     progress = Progress("write", total=plan.nbytes, tensors=len(plan.moves))
 
     def fill(entry: Entry, region: np.ndarray) -> None:
@@ -134,64 +161,113 @@ def write_weights(source: Source, folder: Path, plan: Plan) -> list[str]:
         if counts.nonfinite:
             findings.append(f"{weight.hf} holds {counts.nonfinite} NaN or infinite values; they were kept")
         if counts.overflowed:
-            findings.append(
-                f"{weight.hf}: {counts.overflowed} values are too large for {entry.dtype}; they are infinite now"
-            )
+            overflows[weight.hf] = counts.overflowed
         progress.advance(entry.nbytes)
 
     try:
         shards.write_shards(folder, plan.shards, fill)
-    except OSError as error:
-        raise OutputError(
-            f"Writing to {folder.parent} failed: {error.strerror or error}. Nothing was kept.\n"
-            "Make room, or choose another disk."
-        ) from error
     finally:
         progress.close()
+    if overflows:
+        raise CheckpointError(_overflow_report(plan, overflows))
     return findings
 
 
-# sampling options that mean the same in PaddleNLP; max_length does not (there it counts new tokens only)
-GENERATION_KEYS = ("max_new_tokens", "min_new_tokens", "repetition_penalty", "num_beams", "length_penalty")
-SAMPLING_KEYS = ("temperature", "top_k", "top_p")
-
-
-def generation_config(source: Source, plan: Plan) -> dict:
-    """generation_config.json: the plan's token ids, and the source's options as far as PaddleNLP has them."""
-    ids = {name: plan.config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    path = source.path / GENERATION_CONFIG
-    if not path.is_file():
-        return ids
-    theirs = read_json(path)
-    if isinstance(theirs.get("eos_token_id"), list):
-        ids["eos_token_id"] = theirs["eos_token_id"]  # a chat model may end in more than one way
-    keys = GENERATION_KEYS + (SAMPLING_KEYS if theirs.get("do_sample") else ())
-    kept = {key: theirs[key] for key in keys if theirs.get(key) is not None}
-    return {**ids, **({"decode_strategy": "sampling"} if theirs.get("do_sample") else {}), **kept}
+def _overflow_report(plan: Plan, overflows: dict[str, int]) -> str:
+    tags = {
+        weight.hf: entry.dtype
+        for shard in plan.shards
+        for entry in shard.entries
+        for weight in [plan.moves[entry.name]]
+        if weight.hf in overflows
+    }
+    lines = [
+        f"overflow    {name}: {counted(n, 'value')} too large for {NAMES[tags[name]]}" for name, n in overflows.items()
+    ]
+    advice = {
+        "F16": "Use --dtype bfloat16, which has the range of float32.",
+        "BF16": "Use --dtype float32.",
+    }.get(next(iter(tags.values())), "No dtype of a Paddle model can hold them; look at the source.")
+    headline = f"{plan.source} holds values that would become infinite:"
+    return report(headline, lines, f"Nothing was kept. {advice}")
 
 
 def _verify(
-    source: Source, folder: Path, summary: Summary, *, verify: str, rounded_to: str | None, say: Callable[[str], None]
+    source: Source,
+    folder: Path,
+    summary: Summary,
+    *,
+    verify: str,
+    rounded_to: str | None,
+    nonfinite: bool,
+    say: Callable[[str], None],
 ) -> None:
+    """nonfinite: weights with NaN or infinite values were found and named."""
     if verify == "none":
         return
     summary.verified.append(verify_content(source, folder))
     if verify == "logits":
         say("  verify    logits: running torch and Paddle on the same ids, both in float32")
-        summary.verified.append(verify_logits(source, folder, rounded_to=rounded_to))
+        summary.verified.append(verify_logits(source, folder, rounded_to=rounded_to, nonfinite_weights=nonfinite))
 
 
-def _check_report(path: Path | None, source: Path) -> None:
-    """A report that cannot be written should not cost a conversion."""
+# What every report has had since the first: how an earlier one of ours is recognised.
+REPORT_KEYS = {"source", "output", "kind", "family", "tensors", "bytes", "versions"}
+
+
+def check_report(path: Path | None, source: Path, output: Path) -> None:
+    """A report that cannot be written, or would cost somebody a file, should not cost a conversion."""
     if path is None:
         return
-    parent = path.resolve().parent
-    if not nearest_parent(path.resolve()) == parent:
-        raise OutputError(f"The report {path} cannot be written: its folder {parent} does not exist. Make it first.")
-    if source.is_dir() and source.resolve() in [parent, *parent.parents]:
+    source, output = source.resolve(), output.resolve()
+    place = path.resolve()
+    parent = place.parent
+    if place == source:
+        raise OutputError(f"The report {path} is the source itself, which is never written to. Choose another name.")
+    if source.is_dir() and source in place.parents:
         raise OutputError(
             f"The report {path} lies in the source {source}, which is never written to. Choose another place."
         )
+    if output in [place, *place.parents]:
+        raise OutputError(f"The report {path} lies in the output, which is replaced whole. Choose a place beside it.")
+    if not parent.is_dir():
+        what = "is a file" if parent.exists() or nearest_parent(parent).is_file() else "does not exist; make it first"
+        raise OutputError(f"The report {path} cannot be written: its folder {parent} {what}.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"The report {path} cannot be written: its folder {parent} is read-only. Choose another.")
+    if place.exists() and not _is_report(place):
+        raise OutputError(
+            f"The report {path} would replace a {'folder' if place.is_dir() else 'file'} that is no earlier report. "
+            "Choose another name, or remove it yourself."
+        )
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and set(found) >= REPORT_KEYS
+
+
+def _write_report(path: Path, summary: Summary) -> None:
+    try:
+        write_json(path, report_of(summary))
+    except OSError as error:
+        raise OutputError(
+            f"The model in {summary.output} is complete; only the report {path} could not be written: "
+            f"{error.strerror or error}. Make room or choose another place; there is no need to convert again."
+        ) from error
+
+
+@contextmanager
+def _completed(output: Path) -> Iterator[None]:
+    """What stops a run now no longer undoes it, and carries a note that says so."""
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        error.add_note(f"The model in {output} is complete.")
+        raise
 
 
 def report_of(summary: Summary) -> dict:

@@ -1,7 +1,11 @@
-"""Special token ids: the tokenizer knows them, config.json only repeats them and is sometimes wrong."""
+"""Token ids: the tokenizer knows them, the two config files only repeat them and are sometimes wrong."""
 
 from pathlib import Path
 
+from ..errors import CheckpointError, report
+from .layout import CONFIG
+
+GENERATION_CONFIG = "generation_config.json"
 IDS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "pad_token_id"}
 
 
@@ -21,7 +25,21 @@ def tokenizer_ids(source: Path) -> dict[str, int]:
     return {field: token for field, token in found.items() if token is not None}
 
 
-def reconcile(fields: dict, ids: dict[str, int]) -> tuple[dict, list[str]]:
+def check_vocabulary(tokenizer: Path, vocab: int) -> None:
+    """Raise CheckpointError when the tokenizer.json of a folder makes ids that are no row of the embedding."""
+    from .. import tokenizer_files  # imports the tokenizers library
+
+    backend = tokenizer_files.load_tokenizer_json(tokenizer / tokenizer_files.TOKENIZER_JSON)
+    token, highest = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda pair: pair[1], default=("", -1))
+    if highest >= vocab:
+        raise CheckpointError(
+            f"The tokenizer makes ids up to {highest} ({token!r}), but the model has {vocab} rows (vocab_size), so the "
+            f"highest id may be {vocab - 1}.\nNothing was written. The tokenizer and the weights come from different "
+            "models; fetch both from one place."
+        )
+
+
+def reconcile(fields: dict, ids: dict[str, int], *, said_by: str = CONFIG) -> tuple[dict, list[str]]:
     """The fields with the tokenizer's ids where they differ, and one warning for each change."""
     warnings = []
     vocab = fields["vocab_size"]
@@ -32,9 +50,40 @@ def reconcile(fields: dict, ids: dict[str, int]) -> tuple[dict, list[str]]:
             theirs = None
         if theirs is not None and theirs != ours and not (isinstance(ours, list) and theirs in ours):
             if ours is not None:
-                warnings.append(f"{field}: config.json says {ours}, the tokenizer {theirs}; the tokenizer's is written")
+                warnings.append(f"{field}: {said_by} says {ours}, the tokenizer {theirs}; the tokenizer's is written")
             fields = {**fields, field: theirs}
         elif isinstance(ours, int) and not 0 <= ours < vocab:
-            warnings.append(f"{field}: config.json says {ours}, which is no row of the embedding; null is written")
+            warnings.append(f"{field}: {said_by} says {ours}, which is no row of the embedding; null is written")
             fields = {**fields, field: None}
     return fields, warnings
+
+
+def generation_ids(fields: dict, generation: dict, ids: dict[str, int]) -> tuple[dict, list[str]]:
+    """The ids of generation_config.json: the tokenizer's, else the source's generation config's, else the fields'.
+
+    fields: vocab_size and the ids of config.json, reconciled. Raises CheckpointError for ids that cannot be.
+    """
+    said = {field: generation[field] for field in IDS.values() if generation.get(field) is not None}
+    _check_said(said, fields["vocab_size"])
+    found, warnings = reconcile({**fields, **said}, ids, said_by=GENERATION_CONFIG)
+    for field, value in said.items():
+        other = fields[field]
+        if found[field] == value != other and not (isinstance(value, list) and other in value) and field not in ids:
+            warnings.append(
+                f"{field}: {CONFIG} says {other}, {GENERATION_CONFIG} {value}; each file is written as it was"
+            )
+    return {field: found[field] for field in IDS.values()}, warnings
+
+
+def _check_said(said: dict, vocab: int) -> None:
+    findings = []
+    for field, value in said.items():
+        values = value if isinstance(value, list) and field == "eos_token_id" else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in values) or not values:
+            findings.append(f"{field} is {value!r}, not a token id")
+        elif isinstance(value, list) and not all(0 <= token < vocab for token in values):
+            outside = [token for token in values if not 0 <= token < vocab]
+            findings.append(f"{field} lists {outside}, but the model has {vocab} rows, 0 to {vocab - 1}")
+    if findings:
+        advice = "Nothing was written. Mend the file in a copy of the source, or fetch it again."
+        raise CheckpointError(report(f"{GENERATION_CONFIG} names tokens that cannot be:", findings, advice))

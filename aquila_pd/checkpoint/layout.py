@@ -1,10 +1,9 @@
 """What kind of checkpoint lies at a path. Looks at names only; the sources read what is inside."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import shards
+from .. import files, shards
 from ..errors import CheckpointError
 
 CONFIG = "config.json"
@@ -31,7 +30,7 @@ def find_layout(path: Path) -> Layout:
         raise CheckpointError(
             f"There is no checkpoint at {path}: no such file or folder. Give a folder or a GGUF file."
         )
-    safetensors = (path / shards.SINGLE).exists() or (path / shards.INDEX).exists() or _any(path, "model-*-of-*.safe*")
+    safetensors = (path / shards.SINGLE).exists() or (path / shards.INDEX).exists() or _any(path, shards.SHARDS)
     torch_bin = (path / BIN).exists() or (path / BIN_INDEX).exists() or _any(path, BIN_SHARDS)
     if safetensors:
         notes = ("both .safetensors and .bin files are there; the .safetensors ones are read",) if torch_bin else ()
@@ -46,6 +45,7 @@ def _any(folder: Path, pattern: str) -> bool:
 
 
 def _gguf_file(path: Path) -> Layout:
+    files.refuse_lfs_pointer(path, CheckpointError)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -55,12 +55,12 @@ def _gguf_file(path: Path) -> Layout:
 
 
 def _gguf_folder(folder: Path) -> Layout:
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) == 1:
-        return _gguf_file(files[0])
-    if files:
-        names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{folder} holds {len(files)} GGUF files: {names}. Give the one to convert by its path.")
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) == 1:
+        return _gguf_file(found[0])
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{folder} holds {len(found)} GGUF files: {names}. Give the one to convert by its path.")
     wanted = f"{shards.SINGLE}, {shards.INDEX}, {BIN}, {BIN_INDEX}, *.gguf"
     raise CheckpointError(f"{folder} holds no checkpoint: none of {wanted} is there. Is it the folder you meant?")
 
@@ -72,12 +72,4 @@ def read_config(folder: Path) -> dict:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file of a checkpoint. Raises CheckpointError."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist. Fetch it from where the weights came from.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}). Fetch it again.") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, not a JSON object. Fetch it again.")
-    return found
+    return files.read_object(path, CheckpointError)

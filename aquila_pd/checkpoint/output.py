@@ -1,15 +1,25 @@
 """The place a conversion writes to: checked first, filled under another name, and there at once or not at all."""
 
+import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import OutputError
-from ..shards import INDEX, SHARD_NAME, SINGLE
+from ..errors import CheckpointError, OutputError, report
+from ..shards import INDEX, SHARD_NAME, SINGLE, read_layout
+from ..weight_map import BASE_MODEL_PREFIX
+from .bundle import bundled_modules, flat_name
+from .ids import GENERATION_CONFIG
+from .layout import CONFIG
 
 SPARE = 64 * 10**6  # bytes beside the weights: tokenizer, code, headers
+MODELING = f"{flat_name('modeling')}.py"  # every conversion writes it and no Hugging Face folder has it
+CODE = re.compile(r"\w+_aquila_pd\.py")  # of any version of the package
+CACHE = "__pycache__"  # appears when the code in the folder is used
+LAST = (INDEX, CONFIG)  # whoever finds these finds a complete folder
 
 
 def check_output(output: Path, source: Path, *, overwrite: bool, nbytes: int) -> None:
@@ -24,10 +34,12 @@ def check_output(output: Path, source: Path, *, overwrite: bool, nbytes: int) ->
         raise OutputError(f"The output {output} holds the source. Choose a folder outside of it.")
     if output.exists():
         _check_existing(output, overwrite)
-    parent = nearest_parent(output)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} is read-only, so {output} cannot be made. Choose a place you may write to.")
-    free = shutil.disk_usage(parent).free
+    place = output if _is_empty_folder(output) else nearest_parent(output)
+    if not place.is_dir():
+        raise OutputError(f"{place} is a file, so {output} cannot be made in it. Choose another output.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{place} is read-only, so {output} cannot be made. Choose a place you may write to.")
+    free = shutil.disk_usage(place).free
     if free < nbytes + SPARE:
         raise OutputError(
             f"{output} needs {(nbytes + SPARE) / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free. Nothing was "
@@ -36,36 +48,119 @@ def check_output(output: Path, source: Path, *, overwrite: bool, nbytes: int) ->
 
 
 def nearest_parent(path: Path) -> Path:
-    """The lowest folder above a path that exists."""
+    """The lowest path above a path that exists."""
     return next(parent for parent in path.parents if parent.exists())
+
+
+def _is_empty_folder(output: Path) -> bool:
+    return output.is_dir() and not _names(output)
+
+
+def _names(output: Path) -> list[str]:
+    """What a folder holds, without the staging folders of conversions into it."""
+    staged = re.compile(re.escape(output.name) + r"\.partial-\d+")
+    return sorted(path.name for path in output.iterdir() if not staged.fullmatch(path.name))
 
 
 def _check_existing(output: Path, overwrite: bool) -> None:
     if not output.is_dir():
         raise OutputError(f"The output {output} is a file. Give the name of a folder.")
-    names = sorted(path.name for path in output.iterdir())
+    names = _names(output)
     if not names:
         return
     if not overwrite:
-        raise OutputError(f"The output {output} exists and holds {len(names)} files. Remove it or pass --overwrite.")
-    # --overwrite deletes a whole folder; a mistyped path must not cost anybody a home directory
-    weights = [name for name in names if name in (SINGLE, INDEX) or SHARD_NAME.fullmatch(name)]
-    folders = [path.name for path in output.iterdir() if path.is_dir() and path.name != "__pycache__"]
-    if folders or not weights or "config.json" not in names:
-        why = f"it holds the folder {folders[0]}" if folders else "it holds no converted model"
-        raise OutputError(
-            f"{output} is not replaced, although --overwrite says so: {why}. Remove it yourself if you mean it."
-        )
+        count = "1 file" if len(names) == 1 else f"{len(names)} files"
+        raise OutputError(f"The output {output} exists and holds {count}. Remove it or pass --overwrite.")
+    # --overwrite deletes a whole folder; a mistyped path must cost nobody an original or a home directory
+    findings = _not_of_a_conversion(output, names)
+    if os.path.ismount(output):
+        findings.append("it is a mount point, which cannot be replaced; give a folder inside it")
+    if findings:
+        headline = f"{output} is not replaced, although --overwrite says so:"
+        raise OutputError(report(headline, findings, "Remove it yourself if you mean it, or choose another output."))
+
+
+def _not_of_a_conversion(output: Path, names: list[str]) -> list[str]:
+    """Why a folder is not, or not only, what a conversion wrote; nothing when it is."""
+    findings = []
+    if MODELING not in names or CONFIG not in names:
+        findings.append(f"it holds no converted model ({CONFIG} and {MODELING} together)")
+    else:
+        try:
+            held = read_layout(output)
+        except CheckpointError as error:
+            findings.append(f"its weights cannot be read as a converted model's: {error}")
+        else:
+            if not any(name.startswith(f"{BASE_MODEL_PREFIX}.") for name in held):
+                findings.append(f"none of its tensors has a Paddle name, which begins with {BASE_MODEL_PREFIX}.")
+    known = _files_written()
+    for name in names:
+        if (output / name).is_dir():
+            findings += [] if name == CACHE else [f"it holds the folder {name}, which no conversion writes"]
+        elif not (name in known or SHARD_NAME.fullmatch(name) or CODE.fullmatch(name)):
+            findings.append(f"it holds {name}, which no conversion writes")
+    return findings
+
+
+def _files_written() -> set[str]:
+    """Names of files a conversion may write, apart from numbered shards."""
+    from .. import tokenizer_files as names  # imports the tokenizers library
+
+    tokenizer = {names.TOKENIZER_JSON, names.VOCAB_JSON, names.MERGES_TXT, names.CONFIG_JSON}
+    tokenizer |= {names.SPECIAL_MAP_JSON, names.ADDED_TOKENS_JSON, names.SENTENCEPIECE}
+    code = {f"{flat_name(module)}.py" for module in bundled_modules()}
+    return {SINGLE, INDEX, CONFIG, GENERATION_CONFIG, *tokenizer, *code}
+
+
+# ------------------------------------------------------------------------------------------------ killed runs
+
+
+def clear_leftovers(output: Path) -> list[str]:
+    """Deal with what runs that were killed left around an output; say what was done, one line each.
+
+    Folders called <output>.partial-PID are removed when no process PID runs. A <output>.replaced-PID goes back to
+    its place when nothing is there (the run died between two renames), and is removed otherwise.
+    """
+    output = output.resolve()
+    said = []
+    for place in (output.parent, output):
+        for path in sorted(place.iterdir()) if place.is_dir() else []:
+            match = re.fullmatch(re.escape(output.name) + r"\.(partial|replaced)-(\d+)", path.name)
+            if not match or not path.is_dir() or path.is_symlink() or _runs(int(match[2])):
+                continue
+            if match[1] == "replaced" and not output.exists():
+                path.rename(output)
+                said.append(f"  restored  {output}, set aside as {path.name} by a run that was killed")
+            else:
+                shutil.rmtree(path)
+                said.append(f"  removed   {path}, left by a run that was killed")
+    return said
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ staging
 
 
 @contextmanager
-def staging(output: Path) -> Iterator[Path]:
-    """A new folder beside the output, which takes the output's place when the block ends without an error.
+def staging(output: Path, *, overwrite: bool = False, say: Callable[[str], None] = print) -> Iterator[Path]:
+    """A new folder, which takes the output's place when the block ends without an error.
 
-    After an error or Ctrl-C it is removed and what was at `output` is as before.
+    It lies beside the output; in it when the output is an empty folder, which then stays the same folder (it may be
+    a mount point). After an error or Ctrl-C it is removed and what was at `output` is as before. An earlier output
+    is removed last, when the new one is complete: what cannot be removed is said, and no error.
     """
     output = output.resolve()
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    into = _is_empty_folder(output)
+    partial = (output if into else output.parent) / f"{output.name}.partial-{os.getpid()}"
     made = [parent for parent in output.parents if not parent.exists()]
     try:
         try:
@@ -73,25 +168,76 @@ def staging(output: Path) -> Iterator[Path]:
         except OSError as error:
             raise OutputError(f"{output} cannot be made: {error.strerror}. Choose a place you may write to.") from error
         yield partial
-        replace_folder(partial, output)
+        aside = _appear(partial, output, into=into, overwrite=overwrite)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made:  # lowest first; those that hold anything stay
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
+    if aside is not None:
+        _remove_replaced(aside, output, say)
 
 
-def replace_folder(partial: Path, output: Path) -> None:
-    """Rename partial to output; what was there steps aside first and is removed last."""
-    if not output.exists():
-        partial.rename(output)
-        return
+def _appear(partial: Path, output: Path, *, into: bool, overwrite: bool) -> Path | None:
+    """Put partial at output; return where an earlier output stepped aside to."""
+    if output.exists():  # checked again: another run may have been faster
+        try:
+            _check_existing(output, overwrite)
+        except OutputError as error:
+            raise OutputError(f"While this run was writing, {output} changed. Nothing was kept.\n{error}") from error
+    if into:
+        _move_files(partial, output)
+        return None
+    if not (output.is_dir() and _names(output)):
+        _rename(partial, output)
+        return None
     aside = output.with_name(f"{output.name}.replaced-{os.getpid()}")
     output.rename(aside)
     try:
         partial.rename(output)
     except BaseException:
-        aside.rename(output)
+        if partial.exists():  # else the rename was done when the interruption came
+            aside.rename(output)
+            raise
+    return aside
+
+
+def _rename(partial: Path, output: Path) -> None:
+    """Rename to a path where nothing or an empty folder is; the operating system refuses any other."""
+    try:
+        partial.rename(output)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise OutputError(
+            f"While this run was writing, {output} appeared. Nothing was kept. Remove it or choose another output."
+        ) from error
+
+
+def _move_files(partial: Path, output: Path) -> None:
+    """Move the files of one folder into another on the same disk, those of LAST at the end; all or none."""
+    names = sorted(path.name for path in partial.iterdir())
+    ordered = [name for name in names if name not in LAST] + [name for name in LAST if name in names]
+    try:
+        for name in ordered:
+            (partial / name).rename(output / name)
+        partial.rmdir()
+    except BaseException:
+        for name in ordered:
+            if not (partial / name).exists():
+                with suppress(OSError):
+                    (output / name).unlink(missing_ok=True)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_replaced(aside: Path, output: Path, say: Callable[[str], None]) -> None:
+    try:
+        shutil.rmtree(aside)
+    except BaseException as error:
+        remains = f"The model in {output} is complete; of the one it replaced, {aside} remains. Remove that yourself."
+        if isinstance(error, OSError):
+            return say(f"  warning   {remains} ({error})")
+        error.add_note(remains)
+        raise
+    return None

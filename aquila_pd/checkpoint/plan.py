@@ -11,7 +11,9 @@ from ..errors import CheckpointError, ConfigError, report
 from ..families.base import paddle_config
 from ..shards import Entry, Shard
 from ..weight_map import BASE_MODEL_PREFIX, EMBEDDING, HEAD, Weight, weights, why_dropped
-from .ids import reconcile, tokenizer_ids
+from .ids import GENERATION_CONFIG, generation_ids, reconcile, tokenizer_ids
+from .layout import read_json
+from .progress import counted
 from .sources import Source
 
 TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -22,12 +24,16 @@ TIED_REASON = "the config ties the head to the embedding, and the two are equal"
 
 @dataclass(frozen=True)
 class Plan:
-    """moves: Paddle name -> its weight; dropped: (Hugging Face name, reason); config: of the Paddle model."""
+    """moves: Paddle name -> its weight; dropped: (Hugging Face name, reason).
+
+    config, generation: contents of the Paddle model's config.json and generation_config.json.
+    """
 
     source: Path
     kind: str
     family: str
     config: dict
+    generation: dict
     shards: tuple[Shard, ...]
     moves: dict[str, Weight]
     dropped: tuple[tuple[str, str], ...]
@@ -38,6 +44,24 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
+
+
+# sampling options that mean the same in PaddleNLP; max_length does not (there it counts new tokens only)
+GENERATION_KEYS = ("max_new_tokens", "min_new_tokens", "repetition_penalty", "num_beams", "length_penalty")
+SAMPLING_KEYS = ("temperature", "top_k", "top_p")
+
+
+def generation_config(source: Source, fields: dict, ids: dict[str, int]) -> tuple[dict, list[str]]:
+    """generation_config.json: token ids, and the source's options as far as PaddleNLP has them; and warnings.
+
+    fields: vocab_size and the reconciled ids of config.json; ids: the tokenizer's. Raises CheckpointError.
+    """
+    path = source.path / GENERATION_CONFIG
+    theirs = read_json(path) if path.is_file() else {}
+    found, warnings = generation_ids(fields, theirs, ids)
+    keys = GENERATION_KEYS + (SAMPLING_KEYS if theirs.get("do_sample") else ())
+    kept = {key: theirs[key] for key in keys if theirs.get(key) is not None}
+    return {**found, **({"decode_strategy": "sampling"} if theirs.get("do_sample") else {}), **kept}, warnings
 
 
 def make_plan(source: Source, *, dtype: str | None, max_shard_size: str | int) -> Plan:
@@ -57,7 +81,10 @@ def make_plan(source: Source, *, dtype: str | None, max_shard_size: str | int) -
     entries = [
         Entry(w.paddle, TAGS.get(dtype or "", AS_STORED[source.tensors[w.hf].dtype]), w.paddle_shape) for w in wanted
     ]
-    fields, warnings = reconcile(source.fields, tokenizer_ids(source.path))
+    ids = tokenizer_ids(source.path)
+    fields, warnings = reconcile(source.fields, ids)
+    generation, more = generation_config(source, fields, ids)
+    warnings += [warning for warning in more if warning not in warnings]
     written = _main_dtype(entries)
     if dtype is None and fields["dtype"] not in (None, written):
         warnings.append(f"config.json says {fields['dtype']}, the weights are {written}; {written} is written")
@@ -66,6 +93,7 @@ def make_plan(source: Source, *, dtype: str | None, max_shard_size: str | int) -
         kind=source.layout.kind,
         family=source.family.name,
         config=paddle_config(fields, written),
+        generation=generation,
         shards=tuple(shards.plan_shards(entries, limit)),
         moves={weight.paddle: weight for weight in wanted},
         dropped=tuple(dropped),
@@ -151,10 +179,10 @@ def describe(plan: Plan, output: Path) -> str:
         f"  rotary    theta {c['rope_theta']:g}, {c['max_position_embeddings']} positions, "
         + ("scaling {type} x{factor:g}".format(**c["rope_scaling"]) if c["rope_scaling"] else "no scaling"),
         f"  source    {plan.kind}, {megabytes(plan.bytes_in)}",
-        f"  output    {tensors} tensors, {c['dtype']}, {megabytes(plan.nbytes)} in {files}",
+        f"  output    {counted(tensors, 'tensor')}, {c['dtype']}, {megabytes(plan.nbytes)} in {files}",
     ]
     for reason, names in _by_reason(plan.dropped).items():
-        lines.append(f"  dropped   {len(names)} tensors, {names[0]} first: {reason}")
+        lines.append(f"  dropped   {counted(len(names), 'tensor')}, {names[0]} first: {reason}")
     lines += [f"  note      {note}" for note in plan.notes]
     return "\n".join(lines)
 

@@ -6,6 +6,11 @@ import time
 SECONDS = 5  # between lines of a run whose output goes to a file
 
 
+def counted(number: int, what: str) -> str:
+    """A number and its noun: 1 tensor, 1,234 tensors."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 class Progress:
     """Counts bytes and tensors of a known total."""
 
@@ -13,7 +18,7 @@ class Progress:
         self.what, self.total, self.tensors = what, total, tensors
         self.bytes = self.count = 0
         self.start = self._said = time.monotonic()
-        self._bar = _bar(what, total) if sys.stderr.isatty() else None
+        self._bar = _bar(what, total) if sys.stderr and sys.stderr.isatty() else None
 
     def advance(self, nbytes: int) -> None:
         self.bytes += nbytes
@@ -34,7 +39,8 @@ class Progress:
 
     def line(self) -> str:
         rate = self.bytes / self.seconds / 1e6
-        return f"  {self.what:<8}  {self.count}/{self.tensors} tensors, {self.bytes / 1e6:,.1f} MB, {rate:,.0f} MB/s"
+        done = f"{self.count}/{counted(self.tensors, 'tensor')}"
+        return f"  {self.what:<8}  {done}, {self.bytes / 1e6:,.1f} MB, {rate:,.0f} MB/s"
 
 
 def _bar(what: str, total: int):

@@ -1,13 +1,15 @@
 """Does the output hold what the source holds? By value, and by running both models.
 
-Nothing here shares code with the conversion's fast path: values are compared through numpy's own transpose, and the
-torch model is read from the source by transformers, which knows nothing of our table.
+What is shared with the conversion, and so cannot be found wrong here: for values, the table of weights and
+Source.read (names, unpacking, the order of rotary rows); only the move is checked, through numpy's own cast and
+transpose. For logits nothing is shared on torch's side: transformers reads the weights from the source's files itself,
+and is given the sizes in config.json as they stand there (of a GGUF file: our reading of its rope scaling).
 """
 
 import gc
 import io
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,10 @@ from .sources import Source
 
 BLOCK = 512  # rows and columns compared at a time; both sides of a transposed block fit the cache
 BATCH, LENGTH = 2, 96  # of the ids both models see
-# Two correct fp32 implementations differ by about 1e-5 of the logits' spread; a lost transpose by about all of it.
+BEYOND = 96  # positions past max_position_embeddings, where dynamic scaling begins
+AFFORDABLE = 1024  # max_position_embeddings up to which ids of that length are run
+# Measured: two correct fp32 implementations differ by 1e-5 to 1e-4 of the logits' spread, a lost transpose by about
+# all of it.
 TOLERANCE = 1e-3
 TORCH_EXTRA = 'Install both with pip install "aquila_pd[verify]", or verify with --verify content.'
 
@@ -38,6 +43,9 @@ class Verified:
 
 # ---------------------------------------------------------------------------------------------------- content
 
+NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EXACT = {*((tag, tag) for tag in NAMES), ("F16", "F32"), ("BF16", "F32")}  # casts that keep every value
+
 
 def verify_content(source: Source, output: Path) -> Verified:
     """Read source and output again and compare every value. Raises VerificationError naming the worst tensors."""
@@ -47,20 +55,22 @@ def verify_content(source: Source, output: Path) -> Verified:
     names = {weight.paddle for weight in wanted}
     findings += [f"unexpected  {name}" for name in held if name not in names]
     progress = Progress("verify", total=sum(info.nbytes for info in held.values()), tensors=len(held))
-    values, worst = 0, []
+    values, worst, rounded = 0, [], set()
     for weight in wanted:
         if weight.paddle in held:
             info = held[weight.paddle]
             found = _compare_tensor(source, weight, shards.view(info))
             worst += [found] if found else []
             values += int(np.prod(weight.hf_shape))
+            rounded |= {info.dtype} if (source.tensors[weight.hf].dtype, info.dtype) not in EXACT else set()
             progress.advance(info.nbytes)
     progress.close()
     findings += [line for _, line in sorted(worst, key=lambda pair: -pair[0])]
     if findings:
         headline = f"The output does not hold what {source.path} holds (worst first):"
         raise VerificationError(report(headline, findings, "Nothing was kept. Convert again; report it if it repeats."))
-    return Verified("content", values, f"content equal ({values:,} values)")
+    after = f" after rounding to {' and '.join(sorted(NAMES[tag] for tag in rounded))}" if rounded else ""
+    return Verified("content", values, f"content equal{after} ({values:,} values)")
 
 
 def _compare_tensor(source: Source, weight: Weight, output: np.ndarray) -> tuple[float, str] | None:
@@ -123,40 +133,76 @@ def check_logits_possible(source: Source) -> None:
         raise InstallationError(report("--verify logits runs torch beside Paddle; not usable:", missing, TORCH_EXTRA))
 
 
-def verify_logits(source: Source, output: Path, *, rounded_to: str | None = None) -> Verified:
+def verify_logits(
+    source: Source, output: Path, *, rounded_to: str | None = None, nonfinite_weights: bool = False
+) -> Verified:
     """Run transformers on the source and Paddle on the output, fp32, same ids. Raises VerificationError.
 
     rounded_to: the dtype the conversion was asked to cast to; the reference's weights are rounded alike.
+    nonfinite_weights: the source's weights hold NaN or infinite values, and the user was told which.
     """
-    ids = token_ids(source.fields["vocab_size"], source.fields["max_position_embeddings"])
+    ids, about = token_ids_for(source.fields)
     theirs = torch_logits(source, ids, rounded_to=rounded_to)
     gc.collect()  # two fp32 models at once may not fit
     ours = paddle_logits(output, ids)
-    return compare_logits(theirs, ours, ids)
+    found = compare_logits(theirs, ours, ids, nonfinite_weights=nonfinite_weights)
+    return replace(found, sentence=found.sentence + about)
 
 
-def token_ids(vocab: int, positions: int) -> np.ndarray:
-    """Fixed pseudo-random ids [B, T], long enough for rotary embedding to matter."""
-    return np.random.default_rng(20231121).integers(0, vocab, (BATCH, min(LENGTH, positions)))
+def token_ids_for(fields: dict) -> tuple[np.ndarray, str]:
+    """Fixed pseudo-random ids [B, T], long enough for rotary embedding to matter, and what to say of their length."""
+    positions, scaling = fields["max_position_embeddings"], fields["rope_scaling"]
+    length, about = min(LENGTH, positions), ""
+    if scaling and scaling["type"] == "dynamic":  # it does nothing up to max_position_embeddings
+        if positions <= AFFORDABLE:
+            length = positions + BEYOND
+            about = f", on {length} positions, {BEYOND} beyond max_position_embeddings"
+        else:
+            about = f"; dynamic scaling was not exercised: it begins beyond {positions} positions, {length} were run"
+    return np.random.default_rng(20231121).integers(0, fields["vocab_size"], (BATCH, length)), about
 
 
-def compare_logits(theirs: np.ndarray, ours: np.ndarray, ids: np.ndarray) -> Verified:
-    """Compare logits [B, T, V]; raises VerificationError with the worst position."""
-    difference = np.abs(theirs.astype(np.float64) - ours)
-    difference = np.where(np.isnan(difference), np.inf, difference)
+def compare_logits(
+    theirs: np.ndarray, ours: np.ndarray, ids: np.ndarray, *, nonfinite_weights: bool = False
+) -> Verified:
+    """Compare logits [B, T, V]; raises VerificationError with the worst position.
+
+    The same NaN or infinity on both sides is no difference. Where weights hold NaN, torch's NaN is no reference, since
+    Paddle's masked attention may keep fewer of them: such places are left out, and how many is said.
+    """
+    special = ~np.isfinite(theirs)
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(theirs.astype(np.float64) - ours)
+        same = (theirs == ours) | (np.isnan(theirs) & np.isnan(ours)) | (special & nonfinite_weights)
+    difference = np.where(same, 0.0, np.where(np.isnan(difference), np.inf, difference))
+    if special.all() and same.all():
+        why = "because of the weights named above" if nonfinite_weights else "though all weights are finite"
+        sentence = f"logits cannot be compared: torch's {theirs.size:,} are all NaN or infinite, {why}"
+        return Verified("logits", 0, sentence)
     row, position, token = (int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
-    spread = float(theirs.std())
+    spread = float(theirs[~special].std()) if not special.all() else 0.0
     worst = float(difference[row, position, token])
     place = f"worst at row {row}, position {position}, vocabulary id {token}"
     values = f"torch {theirs[row, position, token]:.6f}, Paddle {ours[row, position, token]:.6f}"
     if not worst <= TOLERANCE * spread:
         raise VerificationError(
             f"The two models do not compute the same: logits differ by up to {worst:.3g}, allowed is {TOLERANCE:g} of "
-            f"their spread {spread:.3g}.\n  {place} (input id {ids[row, position]}): {values}\n"
+            f"their spread {spread:.3g}.{_nonfinite(theirs, ours)}\n"
+            f"  {place} (input id {ids[row, position]}): {values}\n"
             "Nothing was kept. Convert again with --verify content to see whether values were lost."
         )
     sentence = f"logits equal within {worst:.2g} (spread {spread:.3g}, {place}: {values})"
-    return Verified("logits", theirs.size, sentence, worst, spread)
+    if special.any():
+        sentence += f", {int(special.sum()):,} of {theirs.size:,} are NaN or infinite in torch"
+    return Verified("logits", int(theirs.size - special.sum()), sentence, worst, spread)
+
+
+def _nonfinite(theirs: np.ndarray, ours: np.ndarray) -> str:
+    """How many values are NaN or infinite on either side, when any is."""
+    counts = [int(np.count_nonzero(~np.isfinite(side))) for side in (theirs, ours)]
+    if not any(counts):
+        return ""
+    return f"\n  NaN or infinite: {counts[0]:,} in torch, {counts[1]:,} in Paddle, of {theirs.size:,}"
 
 
 def torch_logits(source: Source, ids: np.ndarray, *, rounded_to: str | None = None) -> np.ndarray:

@@ -8,7 +8,16 @@ from ..errors import ConfigError, report
 from ..weight_map import Dims
 from .dialect import HUGGING_FACE, Dialect
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # the last is written as float32
+
+# The next step by the first word of a finding.
+ADVICE = {
+    "unknown": "A key that changes the model needs code in aquila_pd/families. One without influence needs a row "
+    "there, or remove it from a copy of config.json.",
+    "unsupported": "Another model than the known one needs code in aquila_pd/families.",
+    "missing": "Fetch config.json again, or add the key with the value the weights were trained with.",
+    "bad": "Correct bad values in a copy of config.json; compare it with the one published beside the weights.",
+}
 
 
 def always(value: object) -> Callable[[Mapping], object]:
@@ -40,8 +49,11 @@ class Family:
 
     def fields(self, config: Mapping) -> dict:
         """Our fields from a config.json, all set and checked. Raises ConfigError with all findings."""
+        findings: list[str] = []
+        if ROPE_PARAMETERS in config and set(_OLD_ROPE) <= set(self.read):
+            config, findings = without_rope_parameters(config)
         known = {*self.read, *self.neutral, *self.ignored}
-        findings = [f"unknown key   {key} = {config[key]!r}" for key in sorted(set(config) - known)]
+        findings += [f"unknown key   {key} = {config[key]!r}" for key in sorted(set(config) - known)]
         fields = dict(self.defaults)
         for key, ours in self.read.items():
             # an explicit null is a value ("no pad token"); where two keys mean one field it does not undo the other
@@ -54,11 +66,12 @@ class Family:
             findings += self._not_neutral(config, fields)
             findings += _bad_values(fields)
         if findings:
-            advice = "A key that changes the model needs code in aquila_pd/families; one that does not, a row there."
+            advice = "\n".join(text for kind, text in ADVICE.items() if any(f.startswith(kind) for f in findings))
             raise ConfigError(report(f"config.json cannot be read as family {self.name}:", findings, advice))
-        fields["rope_scaling"] = config_checks.rope_scaling(fields["rope_scaling"])
         check_sizes(fields)
-        return fields
+        positions = fields["max_position_embeddings"]
+        scaling = config_checks.rope_scaling(fields["rope_scaling"], max_position_embeddings=positions)
+        return {**fields, "rope_scaling": scaling}
 
     def _not_neutral(self, config: Mapping, fields: dict) -> list[str]:
         if not _whole_sizes(fields):
@@ -69,6 +82,42 @@ class Family:
             for key, value in wanted.items()
             if config[key] not in (None, value)
         ]
+
+
+ROPE_PARAMETERS = "rope_parameters"
+_OLD_ROPE = ("rope_theta", "rope_scaling")
+_MOVED_UP = ("rope_theta", "partial_rotary_factor")
+
+
+def without_rope_parameters(config: Mapping) -> tuple[dict, list[str]]:
+    """transformers 5 writes the rotary settings into one key, rope_parameters; here they are under the older keys.
+
+    Returns the config and a finding for each setting that an older key in the same file contradicts.
+    """
+    config = dict(config)
+    new = config.pop(ROPE_PARAMETERS)
+    if new is None:
+        return config, []
+    if not isinstance(new, dict):
+        return config, [f"bad value     {ROPE_PARAMETERS} is {new!r}, not a mapping"]
+    moved = {key: new[key] for key in _MOVED_UP if new.get(key) is not None}
+    scaling = {key: value for key, value in new.items() if key not in _MOVED_UP}
+    if scaling:
+        unscaled = scaling.get("rope_type", scaling.get("type")) == config_checks.UNSCALED
+        moved["rope_scaling"] = None if unscaled and len(scaling) == 1 else scaling
+    differing = [key for key, value in moved.items() if config.get(key) is not None and not _same(config[key], value)]
+    findings = [
+        f"bad value     {key} is {config[key]!r}, but {ROPE_PARAMETERS} says {moved[key]!r}" for key in differing
+    ]
+    return {**config, **moved}, findings
+
+
+def _same(old: object, new: object) -> bool:
+    """Whether two settings mean the same: a scaling has two spellings of its type and two of its absence."""
+    if isinstance(old, dict) and isinstance(new, (dict, type(None))):
+        spelled = [{("rope_type" if k == "type" else k): v for k, v in (value or {}).items()} for value in (old, new)]
+        return spelled[0] == spelled[1] or all(s.get("rope_type", "default") == "default" for s in spelled)
+    return old == new
 
 
 COUNTS = (

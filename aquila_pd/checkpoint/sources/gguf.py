@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ... import shards
-from ...errors import CheckpointError, InstallationError, report
+from ...errors import CheckpointError, report
 from ...families.dialect import Dialect
+from ...gguf_file import PRE_TOKENIZER, import_gguf, open_gguf, pre_tokenizer_note, read_value
 from .reader import Stored
 
 ARCHITECTURE = "llama"
@@ -68,18 +69,17 @@ class GGUFReader:
     dialect: Dialect | None = DIALECT
 
     def __init__(self, path: Path):
-        self._gguf = _import_gguf(path)
-        try:
-            self._file = self._gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or cut off ({type(error).__name__}: {error}). Fetch the file again."
-            ) from error
+        self._gguf = import_gguf(path)
+        self._file = open_gguf(path)
+        self._path = path
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
         self.config = self._read_config(path)
         self.stored = self._survey(path)
         packed = sorted({stored.packed for stored in self.stored.values() if stored.packed})
         self.notes = [f"quantized tensors ({', '.join(packed)}) are unpacked to float32"] if packed else []
+        if "tokenizer.ggml.merges" in self._file.fields:
+            note = pre_tokenizer_note(read_value(self._file, PRE_TOKENIZER, path))
+            self.notes += [note] if note else []
 
     def read(self, name: str) -> np.ndarray:
         tensor, stored = self._tensors[name], self.stored[name]
@@ -121,7 +121,7 @@ class GGUFReader:
 
     def _value(self, key: str) -> object:
         """Metadata as Python has it; float32 as the shortest decimal that means it (1e-05, not 9.99999e-06)."""
-        value = self._file.fields[key].contents()
+        value = read_value(self._file, key, self._path)
         if isinstance(value, float):
             return float(str(np.float32(value)))
         # one count per layer, as some writers store it, is one number when all layers agree
@@ -164,14 +164,3 @@ def _translate(own: dict[str, object]) -> dict[str, object]:
     if kind != "none":
         config["rope_scaling"] = {"type": kind, "factor": factor}
     return config
-
-
-def _import_gguf(path: Path):
-    try:
-        import gguf
-    except ImportError as error:
-        raise InstallationError(
-            f"{path} can only be read with the package gguf, which is not installed.\nInstall it with "
-            f'pip install "aquila_pd[gguf]".'
-        ) from error
-    return gguf
