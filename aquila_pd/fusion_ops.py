@@ -105,11 +105,13 @@ def attention_with_weights(q, k, v, mask):
     q = q.reshape([B, T, K, G, H]).transpose([0, 2, 3, 1, 4])  # [B, K, G, T, H]
     scores = paddle.matmul(q.reshape([B, K, G * T, H]), k, transpose_y=True) * (H**-0.5)  # [B, K, G*T, S]
     scores = scores.reshape([B, N, T, S]).astype("float32")
+    # Paddle's CPU softmax makes ordinary numbers of NaN; this zero is NaN then, and is added to the result.
+    zero = scores.detach().sum(axis=-1).reshape([B, K, G * T, 1]) * 0 if scores.place.is_cpu_place() else 0.0
     if mask is not None:
         # The lowest finite number and not -inf: a row with nothing to see gives a flat row, never NaN.
         scores = paddle.where(mask, scores, paddle.full([], paddle.finfo(paddle.float32).min))
     weights = F.softmax(scores, axis=-1).astype(v.dtype)
-    y = paddle.matmul(weights.reshape([B, K, G * T, S]), v)  # [B, K, G*T, H]
+    y = paddle.matmul(weights.reshape([B, K, G * T, S]), v) + zero  # [B, K, G*T, H]
     y = y.reshape([B, K, G, T, H]).transpose([0, 3, 1, 2, 4])  # [B, T, K, G, H]
     return y.reshape([B, T, N, H]), weights
 

@@ -154,6 +154,18 @@ def test_logits_that_are_no_numbers_raise_a_named_error(bad, how):
         model.generate(paddle.to_tensor(PROMPT), max_new_tokens=3, **how)
 
 
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_a_nan_anywhere_in_attention_reaches_the_logits(part):
+    """Paddle's CPU softmax turns NaN scores into ordinary weights."""
+    model = paddle_model(torch_model())
+    weight = getattr(model.aquila.layers[0].self_attn, part).weight
+    damaged = weight.numpy()
+    damaged[3, 2] = float("nan")
+    weight.set_value(damaged)
+    with pytest.raises(GenerationError, match="NaN or infinite logits"):
+        model.generate(paddle.to_tensor(PROMPT), max_new_tokens=2)
+
+
 def test_an_unknown_parameter_is_named(models):
     with pytest.raises(GenerationError, match="knows no max_tokens"):
         models[1].generate(paddle.to_tensor(PROMPT), max_tokens=3)

@@ -176,6 +176,14 @@ def test_loss_is_the_mean_over_valid_labels():
     assert float(criterion(logits, paddle.full([2, 3], -100))) == 0.0
 
 
+@pytest.mark.parametrize("vocab", [7, 128])
+def test_nan_logits_make_a_nan_loss(vocab):
+    """Paddle's own cross-entropy gives log V for them on a CPU, the loss of a fresh model."""
+    logits = paddle.randn([2, 3, vocab])
+    logits[1, 2, 5] = float("nan")
+    assert np.isnan(float(AquilaPretrainingCriterion()(logits, paddle.ones([2, 3], dtype="int64"))))
+
+
 def test_pad_row_is_used_but_not_trained_through_the_embedding(model):
     tokens = ids()
     tokens[:, 4] = 0
