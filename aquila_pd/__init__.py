@@ -7,8 +7,7 @@ the process (see startup.py): PaddleNLP's Auto classes know Aquila as soon as so
 import importlib
 
 from .startup import READY as _READY  # noqa: F401
-
-__version__ = "0.1.0"
+from .versions import VERSION as __version__  # noqa: F401
 
 _WHERE = {
     "AquilaConfig": "configuration",

@@ -13,6 +13,18 @@ ROPE_KEYS = {"type", "rope_type", "factor"}
 ORIGINAL = "original_max_position_embeddings"  # says the same as max_position_embeddings for the types known here
 MOST_LAYERS = 10_000  # no model has a tenth; beyond, a damaged number would fill the memory with names of tensors
 
+# Keys of config.json that change the mathematics, with the one value that is computed here.
+NEUTRAL = {
+    "hidden_act": ("silu", "the MLP's activation"),
+    "attention_bias": (False, "biases on the attention projections"),
+    "mlp_bias": (False, "biases on the MLP projections"),
+    "attention_dropout": (0.0, "dropout of attention weights in training"),
+    "hidden_dropout": (0.0, "dropout in training"),
+    "rope_interleaved": (False, "rotary embedding of neighbouring pairs"),
+    "partial_rotary_factor": (1.0, "rotary embedding of a part of each head"),
+    "sliding_window": (None, "attention over a window"),
+}
+
 
 def rope_scaling(value: object, *, max_position_embeddings: int | None = None) -> dict | None:
     """rope_scaling of a config.json as {"type": "linear" | "dynamic", "factor": float}, or None when nothing is scaled.

@@ -7,6 +7,7 @@ from functools import cache
 
 from paddlenlp.transformers import PretrainedConfig
 
+from .config_checks import NEUTRAL
 from .config_checks import numbers as not_positive
 from .config_checks import rope_scaling as checked_rope_scaling
 from .config_checks import sizes as check_sizes
@@ -20,17 +21,7 @@ NAMED_SIZES = {
     "70b": (8192, 28672, 80, 64, 8, 4096),
 }
 
-# Keys of Hugging Face files beside our fields. Those that change the mathematics, with the one value computed here:
-NEUTRAL = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "sliding_window": None,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-}
-# and those that do not:
+# Keys of Hugging Face files that do not change the mathematics.
 IGNORED = {"auto_map", "pretraining_tp", "transformers_version", "model_type", "_attn_implementation_autoset"}
 
 
@@ -39,16 +30,13 @@ def _known_to_paddlenlp() -> frozenset[str]:
     return frozenset({*PretrainedConfig().to_dict(), "torch_dtype", "num_labels", "name_or_path", "head_dim"})
 
 
-def _unsupported(keys: dict, *, hidden_act: str, tie_word_embeddings: object) -> list[str]:
-    """A line for each key that nobody reads or that asks for another architecture; takes the neutral ones out."""
+def _unsupported(keys: dict) -> list[str]:
+    """A line for each key that nobody reads or that asks for another architecture; takes the harmless ones out."""
     findings = []
-    if hidden_act != "silu":
-        findings.append(f"hidden_act is {hidden_act!r}; the family knows only 'silu'")
-    if not isinstance(tie_word_embeddings, bool):
-        findings.append(f"tie_word_embeddings is {tie_word_embeddings!r}, not true or false")
-    for name in NEUTRAL.keys() & keys.keys():
-        if keys.pop(name) not in (None, NEUTRAL[name]):
-            findings.append(f"{name} is not {NEUTRAL[name]!r}, which is all the family knows")
+    for name, (value, what) in NEUTRAL.items():
+        found = keys.pop(name, None)
+        if found not in (None, value):
+            findings.append(f"{name} is {found!r} ({what}); only {value!r} is known")
     for name in IGNORED & keys.keys():
         del keys[name]
     return findings + [f"unknown key {name}" for name in sorted(keys.keys() - _known_to_paddlenlp())]
@@ -100,7 +88,10 @@ class AquilaConfig(PretrainedConfig):
     ):
         if num_key_value_heads is None:
             num_key_value_heads = num_attention_heads
-        findings = _unsupported(kwargs, hidden_act=hidden_act, tie_word_embeddings=tie_word_embeddings)
+        kwargs["hidden_act"] = hidden_act
+        findings = _unsupported(kwargs)
+        if not isinstance(tie_word_embeddings, bool):
+            findings.append(f"tie_word_embeddings is {tie_word_embeddings!r}, not true or false")
         findings += not_positive(rms_norm_eps=rms_norm_eps, rope_theta=rope_theta, initializer_range=initializer_range)
         if findings:
             raise ConfigError(report("The configuration is not one of an Aquila model:", findings, "Correct it."))

@@ -367,12 +367,12 @@ def test_huggingface_and_paddle_spellings_read_alike():
         (dict(vocab_size=0), "vocab_size"),
         (dict(num_hidden_layer=2), "unknown key num_hidden_layer"),
         (dict(rope_parameters={"rope_type": "linear", "factor": 4.0}), "unknown key rope_parameters"),
-        (dict(sliding_window=128), "sliding_window is not None"),
+        (dict(sliding_window=128), "sliding_window is 128"),
         (dict(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'"),
         (dict(rope_theta=0), "rope_theta is 0"),
         (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
         (dict(head_dim=16), "head_dim is 16"),
-        (dict(attention_bias=True), "attention_bias is not False"),
+        (dict(attention_bias=True), "attention_bias is True"),
     ],
 )
 def test_impossible_configurations_are_refused(changes, message):

@@ -1,5 +1,6 @@
 """LLaMA in Hugging Face's form: Ziya, Ziya2, SmolLM2, and every GGUF file of the LLaMA architecture."""
 
+from .. import config_checks
 from .base import Family, always
 
 READ = {
@@ -38,15 +39,8 @@ DEFAULTS = {
 }
 
 NEUTRAL = {
-    "hidden_act": (always("silu"), "the MLP's activation"),
-    "attention_bias": (always(False), "biases on the attention projections"),
-    "mlp_bias": (always(False), "biases on the MLP projections"),
+    **{key: (always(value), what) for key, (value, what) in config_checks.NEUTRAL.items()},
     "head_dim": (lambda fields: fields["hidden_size"] // fields["num_attention_heads"], "the size of a head"),
-    "attention_dropout": (always(0.0), "dropout of attention weights in training"),
-    "hidden_dropout": (always(0.0), "dropout in training"),
-    "rope_interleaved": (always(False), "rotary embedding of neighbouring pairs"),
-    "partial_rotary_factor": (always(1.0), "rotary embedding of a part of each head"),
-    "sliding_window": (always(None), "attention over a window"),
     "quantization_config": (always(None), "weights stored in fewer bits"),
     "is_encoder_decoder": (always(False), "another architecture"),
     "add_cross_attention": (always(False), "another architecture"),
