@@ -6,6 +6,7 @@ They lie flat beside the weights: modeling.py becomes modeling_aquila_pd.py, `fr
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 from ..versions import NAME, VERSION
@@ -41,6 +42,7 @@ def imported_modules(code: str) -> list[str]:
     return found
 
 
+@cache
 def _relative_imports(code: str) -> list[ast.ImportFrom]:
     nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) and node.level]
     for node in nodes:
