@@ -174,12 +174,6 @@ class AquilaModel(AquilaPretrainedModel):
         self.rotary = RotaryEmbedding(config)
         self.enable_recompute = False  # PaddleNLP's recompute_enable() and Trainer set it
 
-    def get_input_embeddings(self):
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.embed_tokens = value
-
     def embed(self, input_ids):
         """[B, T] -> [B, T, D]. The pad id's row is used but gets no gradient from here, as torch's padding_idx.
 

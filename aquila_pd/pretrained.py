@@ -45,7 +45,6 @@ class AquilaPretrainedModel(PretrainedModel):
 
     config_class = AquilaConfig
     base_model_prefix = BASE_MODEL_PREFIX
-    _keys_to_ignore_on_load_unexpected = [r"self_attn\.rotary_emb\.inv_freq"]
 
     # ------------------------------------------------------------------------------------ initialization
 
@@ -121,7 +120,8 @@ class AquilaPretrainedModel(PretrainedModel):
             raise ConfigError(f"from_pretrained() knows no {', '.join(sorted(unknown))}. Check the spelling.")
         for name, value in fields.items():
             setattr(config, name, value)
-        return config
+        # Through the constructor once more: a field by keyword is checked like one in the file.
+        return AquilaConfig.from_dict(config.to_dict()) if fields else config
 
     @classmethod
     def _load_pretrained_model(cls, *args, **kwargs):

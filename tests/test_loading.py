@@ -225,6 +225,15 @@ def test_keywords_reach_the_config_and_leave_a_given_one_alone(folder):
     assert given.rope_theta == 1e4 and given.use_cache is True
 
 
+def test_config_keywords_are_checked_like_the_file(folder, tokens):
+    model = AquilaForCausalLM.from_pretrained(folder, rope_scaling={"rope_type": "linear", "factor": 4})
+    assert model.config.rope_scaling == {"type": "linear", "factor": 4.0}
+    assert bool(paddle.isfinite(model(tokens)[0]).all())
+    for wrong in (dict(rope_scaling={"type": "yarn", "factor": 2.0}), dict(rope_theta=0), dict(num_key_value_heads=3)):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            AquilaForCausalLM.from_pretrained(folder, **wrong)
+
+
 def test_a_misspelled_keyword_is_named(folder):
     for how in (dict(rope_tehta=5e5), dict(torch_dtyp="float32")):
         with pytest.raises(ConfigError, match="knows no " + next(iter(how))):
