@@ -15,10 +15,11 @@ from safetensors.numpy import load_file
 
 from aquila_pd import shards
 from aquila_pd.checkpoint import convert as convert_module
-from aquila_pd.checkpoint import moving, verify
+from aquila_pd.checkpoint import moving
 from aquila_pd.checkpoint.bundle import bundled_modules, flatten, write_bundle
 from aquila_pd.checkpoint.convert import convert
 from aquila_pd.checkpoint.sources import open_source
+from aquila_pd.checkpoint.verify import logits
 from aquila_pd.errors import VerificationError
 from aquila_pd.families.dialect import Dialect, rotate_half_rows
 from convert.torch2paddle import main
@@ -106,7 +107,7 @@ def test_v1_logits_are_those_of_the_original_and_without_reordering_they_are_not
 
     def worst(output: str) -> float:
         convert(shared / "goldens" / "v1-flagai", tmp_path / output, **QUIET)
-        return float(np.abs(verify.paddle_logits(tmp_path / output, ids) - wanted).max())
+        return float(np.abs(logits.paddle_logits(tmp_path / output, ids) - wanted).max())
 
     assert worst("right") < 1e-4
     monkeypatch.setattr(Dialect, "heads_of", lambda self, name: None)
@@ -122,7 +123,7 @@ def test_gguf_gives_what_transformers_reads_from_it(tmp_path, kind):
     path = factory.write_gguf(tmp_path / "tiny.gguf", config, factory.weights(config), kind=kind)
     summary = convert(path, tmp_path / "out", verify="none", **QUIET)
     with open_source(path) as opened:
-        state = verify._gguf_model(opened)[1]["state_dict"]
+        state = logits._gguf_model(opened)[1]["state_dict"]
     dtype = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(kind, np.float32)
     theirs = {name: np.asarray(value) for name, value in state.items()}
     wanted = {name: value.astype(np.float32 if value.ndim == 1 else dtype) for name, value in theirs.items()}
@@ -134,7 +135,7 @@ def test_gguf_gives_what_transformers_reads_from_it(tmp_path, kind):
 def test_gguf_logits_agree_and_without_reordering_q_and_k_they_do_not(tmp_path, monkeypatch):
     config = factory.config()
     path = factory.write_gguf(tmp_path / "tiny.gguf", config, factory.weights(config))
-    assert convert(path, tmp_path / "out", verify="logits", **QUIET).verified[1].worst < verify.TOLERANCE
+    assert convert(path, tmp_path / "out", verify="logits", **QUIET).verified[1].worst < logits.TOLERANCE
     monkeypatch.setattr(Dialect, "heads_of", lambda self, name: None)
     with pytest.raises(VerificationError, match="do not compute the same"):
         convert(path, tmp_path / "wrong", verify="logits", **QUIET)

@@ -40,7 +40,7 @@ ALLOWED = {
     ("registration", "configuration"): "a hook: runs when PaddleNLP has been loaded, long after its own import",
     ("registration", "modeling"): "the same hook",
     ("registration", "tokenizer"): "the same hook",
-    ("checkpoint.verify", "modeling"): "--verify logits runs the Paddle model; nothing else in checkpoint does",
+    ("checkpoint.verify.logits", "modeling"): "--verify logits runs the Paddle model; nothing else in checkpoint does",
 }
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from aquila_pd import shards
 from aquila_pd.checkpoint import convert as convert_module
-from aquila_pd.checkpoint import moving, verify
+from aquila_pd.checkpoint import moving
 from aquila_pd.checkpoint.convert import convert
 from aquila_pd.checkpoint.sources import open_source
+from aquila_pd.checkpoint.verify import content, logits
 from aquila_pd.errors import VerificationError
 
 QUIET = {"say": lambda text: None}
@@ -48,7 +49,7 @@ def test_content_verification_names_the_worst_place(source, tmp_path):
     value[5, 7] = 99.0
     value.flush()
     with open_source(source) as opened, pytest.raises(VerificationError, match=r"1 of 2,048; at \[7, 5\] .* output 99"):
-        verify.verify_content(opened, tmp_path / "out")
+        content.verify_content(opened, tmp_path / "out")
 
 
 def test_widening_is_no_rounding(source, tmp_path):
@@ -66,7 +67,7 @@ def test_logits_agree_with_transformers_on_the_source(tmp_path, scaling):
     folder = factory.write_safetensors(tmp_path / "source", config, factory.weights(config))
     summary = convert(folder, tmp_path / "out", verify="logits", **QUIET)
     assert [check.kind for check in summary.verified] == ["content", "logits"]
-    assert summary.verified[1].worst < verify.TOLERANCE
+    assert summary.verified[1].worst < logits.TOLERANCE
 
 
 def test_logits_verification_notices_two_swapped_norms(tmp_path):
@@ -77,7 +78,7 @@ def test_logits_verification_notices_two_swapped_norms(tmp_path):
     factory.write_safetensors(tmp_path / "wrong", config, {**right, first: right[second], second: right[first]})
     convert(tmp_path / "wrong", tmp_path / "out", **QUIET)
     with open_source(tmp_path / "right") as opened, pytest.raises(VerificationError, match="worst at row"):
-        verify.verify_logits(opened, tmp_path / "out")
+        logits.verify_logits(opened, tmp_path / "out")
 
 
 def dynamic_source(folder: Path, **changes) -> Path:
@@ -92,7 +93,7 @@ def test_logits_verification_runs_beyond_max_positions_and_notices_a_lost_dynami
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "rope_scaling": None}))
     with open_source(folder) as opened, pytest.raises(VerificationError, match="do not compute the same"):
-        verify.verify_logits(opened, tmp_path / "out")
+        logits.verify_logits(opened, tmp_path / "out")
 
 
 def test_logits_verification_says_when_dynamic_scaling_was_not_exercised(tmp_path):
@@ -121,7 +122,7 @@ def test_nan_on_one_side_only_is_a_difference():
     ours[0, 1, 2] = np.nan
     for nonfinite in (False, True):
         with pytest.raises(VerificationError, match="position 1, vocabulary id 2"):
-            verify.compare_logits(theirs, ours, ids, nonfinite_weights=nonfinite)
+            logits.compare_logits(theirs, ours, ids, nonfinite_weights=nonfinite)
     with pytest.raises(VerificationError, match="1 in torch, 0 in Paddle"):
-        verify.compare_logits(ours, theirs, ids)
-    assert "1 of 32 are NaN" in verify.compare_logits(ours, ours, ids).sentence
+        logits.compare_logits(ours, theirs, ids)
+    assert "1 of 32 are NaN" in logits.compare_logits(ours, ours, ids).sentence

@@ -1,0 +1,7 @@
+"""Proof that a converted model is its source: by value, by logits, and layer by layer."""
+
+from .content import verify_content
+from .logits import check_logits_possible, verify_logits
+from .result import Verified
+
+__all__ = ["Verified", "check_logits_possible", "verify_content", "verify_logits"]
