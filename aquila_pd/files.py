@@ -52,19 +52,35 @@ def read_object(path: Path, error: type[AquilaError]) -> dict:
     return found
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 under a temporary name, then rename: a reader never sees half a file. No platform newlines."""
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk and not only in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, *, fsync: bool = False) -> None:
+    """Write UTF-8 under a temporary name, then rename: a reader never sees half a file. No platform newlines.
+
+    fsync: the file survives a power failure once this returns.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(text.encode("utf-8"))
+        if fsync:
+            sync(partial)
         os.replace(partial, path)
+        if fsync:
+            sync(path.parent)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict, *, fsync: bool = False) -> None:
     """A JSON file for people to read, whole or not there."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", fsync=fsync)

@@ -57,7 +57,7 @@ def save_weights(model: nn.Layer, folder: Path, max_shard_size: str | int) -> No
         raise AquilaError(report("The model has parameters no Aquila model has:", extra, "Remove them before saving."))
     entries = [Entry(name, _tag(state[name]), tuple(state[name].shape)) for name in known]
     shards = plan_shards(entries, parse_size(max_shard_size))
-    write_shards(folder, shards, lambda entry, region: _copy_out(state[entry.name], region))
+    write_shards(folder, shards, lambda entry: state[entry.name].detach().cpu().numpy())
 
 
 def name_in(model: nn.Layer, name: str) -> str:
@@ -115,8 +115,3 @@ def _unmerged_lora(model: nn.Layer) -> bool:
 def _tag(tensor) -> str:
     """The safetensors tag of a Paddle tensor's dtype."""
     return tag_of(paddle.empty([0], dtype=tensor.dtype).numpy())
-
-
-def _copy_out(tensor, region: np.ndarray) -> None:
-    """Copy a tensor's bits into its mapped place in a file (bfloat16 is uint16 in Paddle's numpy)."""
-    region.reshape(-1).view(np.uint8)[:] = tensor.detach().cpu().numpy().reshape(-1).view(np.uint8)

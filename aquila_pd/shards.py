@@ -10,7 +10,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import ml_dtypes
@@ -234,7 +236,7 @@ def view(info: TensorInfo) -> np.ndarray:
 
 
 def release(array: np.ndarray) -> None:
-    """Give back the memory of a mapped array (written pages first go to the file). Others are left alone."""
+    """Give back the memory of a mapped array; what is looked at again is read again. Others are left alone."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -273,8 +275,8 @@ def plan_shards(entries: Iterable[Entry], max_shard_size: int) -> list[Shard]:
     return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)]
 
 
-def write_shards(folder: Path, shards: Sequence[Shard], fill: Callable[[Entry, np.ndarray], None]) -> None:
-    """Write planned shards and their index into folder; `fill` puts each tensor into its mapped region.
+def write_shards(folder: Path, shards: Sequence[Shard], read: Callable[[Entry], np.ndarray]) -> None:
+    """Write planned shards and their index into folder; `read` gives each tensor's array when its turn comes.
 
     Files appear under temporary names and are renamed when all are complete, the index last. Shards of an earlier
     save are removed after that. Should anything fail, the temporary files are removed and the error goes on.
@@ -282,19 +284,50 @@ def write_shards(folder: Path, shards: Sequence[Shard], fill: Callable[[Entry, n
     temporary: dict[Path, Path] = {}
     try:
         for shard in shards:
-            temporary[folder / f".{shard.file}.partial"] = folder / shard.file
-            _write_shard(folder / f".{shard.file}.partial", shard, fill)
+            partial = folder / f".{shard.file}.partial"
+            temporary[partial] = folder / shard.file
+            write_shard(partial, shard, (bits(read(entry)) for entry in shard.entries))
         # without its index an interrupted replacement cannot pass for either save
         (folder / INDEX).unlink(missing_ok=True)
         for partial, final in temporary.items():
             os.replace(partial, final)
         if len(shards) > 1:
-            write_json(folder / INDEX, _index(shards))
+            write_json(folder / INDEX, index_of(shards))
     except BaseException:
         for partial in temporary:
             partial.unlink(missing_ok=True)
         raise
     _remove_stale(folder, {shard.file for shard in shards})
+
+
+def write_shard(
+    path: Path, shard: Shard, pieces: Iterable[np.ndarray], *, framework: str = "np", fsync: bool = False
+) -> str:
+    """Write one file from the bytes of its tensors, in order; return the file's sha256 in hex digits.
+
+    A piece may be changed again as soon as the next one is asked for. fsync: the file is on the disk, not only in the
+    system's memory, when this returns.
+    """
+    header = header_bytes(shard.entries, framework=framework)
+    digest, left = sha256(), shard.nbytes
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hashing:  # both let go of Python's lock: they overlap
+        digest.update(header)
+        file.write(header)
+        for piece in pieces:
+            hashed = hashing.submit(digest.update, piece)
+            file.write(piece)
+            hashed.result()
+            left -= piece.nbytes
+        if fsync:
+            file.flush()
+            os.fsync(file.fileno())
+    assert not left, f"{shard.file}: {left} bytes are missing"
+    return digest.hexdigest()
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The bytes of an array [n], so that NaNs keep their payload; a copy only when it is not contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # reshape first, since a scalar has no other view
 
 
 def save_tensors(
@@ -307,13 +340,7 @@ def save_tensors(
     arrays = dict(tensors)
     entries = [Entry(name, tag_of(array), array.shape) for name, array in arrays.items()]
     shards = plan_shards(entries, parse_size(max_shard_size))
-
-    def fill(entry: Entry, region: np.ndarray) -> None:
-        # the bits, so that NaNs keep their payload; reshape first, since a scalar has no other view
-        bits = np.ascontiguousarray(arrays[entry.name]).reshape(-1).view(np.uint8)
-        region.reshape(-1).view(np.uint8)[:] = bits
-
-    write_shards(Path(folder), shards, fill)
+    write_shards(Path(folder), shards, lambda entry: arrays[entry.name])
     return [shard.file for shard in shards] + ([INDEX] if len(shards) > 1 else [])
 
 
@@ -326,10 +353,12 @@ def tag_of(array: np.ndarray) -> str:
     return TAGS[array.dtype]
 
 
-def header_bytes(entries: Sequence[Entry]) -> bytes:
-    """The length prefix and header of a safetensors file that holds these tensors in this order."""
-    # "np": PaddleNLP refuses "pt" and "pd"
-    rows: dict[str, object] = {"__metadata__": {"format": "np"}}
+def header_bytes(entries: Sequence[Entry], *, framework: str = "np") -> bytes:
+    """The length prefix and header of a safetensors file that holds these tensors in this order.
+
+    framework: for whom the file is. PaddleNLP refuses "pt" and "pd", transformers everything but "pt".
+    """
+    rows: dict[str, object] = {"__metadata__": {"format": framework}}
     place = 0
     for entry in entries:
         rows[entry.name] = {
@@ -343,26 +372,8 @@ def header_bytes(entries: Sequence[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_shard(path: Path, shard: Shard, fill: Callable[[Entry, np.ndarray], None]) -> None:
-    header = header_bytes(shard.entries)
-    with path.open("wb") as file:
-        file.write(header)
-        file.flush()
-        # room is taken now: a full disk raises here, while a mapped write into a hole would kill the process
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, len(header) + shard.nbytes)
-        else:
-            file.truncate(len(header) + shard.nbytes)
-    place = len(header)
-    for entry in shard.entries:
-        if entry.nbytes:
-            raw = np.memmap(path, np.uint8, "r+", place, (entry.nbytes,))
-            fill(entry, raw.view(DTYPES[entry.dtype]).reshape(entry.shape))
-            release(raw)
-        place += entry.nbytes
-
-
-def _index(shards: Sequence[Shard]) -> dict:
+def index_of(shards: Sequence[Shard]) -> dict:
+    """The content of model.safetensors.index.json."""
     placed = {entry.name: shard.file for shard in shards for entry in shard.entries}
     return {"metadata": {"total_size": sum(shard.nbytes for shard in shards)}, "weight_map": placed}
 

@@ -7,8 +7,10 @@ is that source's business: it hands out Hugging Face names.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
-BASE_MODEL_PREFIX = "aquila"  # of Paddle names; Hugging Face's is "model"
+BASE_MODEL_PREFIX = "aquila"  # of Paddle names
+HF_PREFIX = "model."
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ class Row:
 
     @property
     def paddle(self) -> str:
-        return re.sub(r"^model\.", f"{BASE_MODEL_PREFIX}.", self.hf)
+        return prefixed(self.hf, BASE_MODEL_PREFIX)
+
+
+def prefixed(hf: str, prefix: str) -> str:
+    """A Hugging Face name as a model with another base_model_prefix has it; the head has none in any."""
+    return f"{prefix}.{hf.removeprefix(HF_PREFIX)}" if hf.startswith(HF_PREFIX) else hf
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,17 @@ def weights(dims: Dims) -> list[Weight]:
     if not dims.tied:
         found.append(write_out(HEAD))
     return found
+
+
+@cache
+def _transposed_patterns() -> list[re.Pattern]:
+    rows = [row for row in (EMBEDDING, *LAYER, FINAL_NORM, HEAD) if row.transpose]
+    return [re.compile(re.escape(row.hf).replace(r"\{i\}", r"\d+")) for row in rows]
+
+
+def is_transposed(hf_name: str) -> bool:
+    """Whether Paddle stores this parameter as [in, out] where torch has [out, in]; false for names of no row."""
+    return any(pattern.fullmatch(hf_name) for pattern in _transposed_patterns())
 
 
 def why_dropped(hf_name: str) -> str | None:

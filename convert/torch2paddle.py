@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a Hugging Face folder or a GGUF file into a folder that PaddleNLP loads. --help tells the options."""
+"""Convert a torch checkpoint into a folder that PaddleNLP loads. --help tells the options."""
 
 import sys
 from importlib.util import find_spec

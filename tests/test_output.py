@@ -17,7 +17,7 @@ import checkpoint_factory as factory
 import pytest
 
 import aquila_pd.checkpoint.convert as converter
-from aquila_pd.checkpoint import command, output
+from aquila_pd.checkpoint import output, reporting, terminal
 from aquila_pd.checkpoint.progress import counted
 from aquila_pd.errors import OutputError
 from convert import torch2paddle
@@ -26,12 +26,12 @@ from convert.torch2paddle import main
 ROOT = Path(torch2paddle.__file__).resolve().parent.parent
 SCRIPT = ROOT / "convert" / "torch2paddle.py"
 SLOWLY = """
-import sys, time, aquila_pd.checkpoint.convert as converter
-move = converter.move
+import sys, time, aquila_pd.checkpoint.writing as writing
+move = writing.move
 def slowly(*args, **kwargs):
     time.sleep(0.3)
     return move(*args, **kwargs)
-converter.move = slowly
+writing.move = slowly
 from convert.torch2paddle import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -185,14 +185,16 @@ def test_files_move_into_an_empty_folder_with_config_and_index_last_and_all_or_n
         patch.setattr(Path, "rename", until_config)
         assert run("--max-shard-size", "30KB") == 1
     assert moved[-2:] == ["model.safetensors.index.json", "config.json"]
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.partial"]  # its shards are finished
+    assert run("--max-shard-size", "30KB") == 0
+    assert not strays(tmp_path)
 
 
 def test_output_that_appears_meanwhile_is_kept(tmp_path, run, capsys, monkeypatch):
     write = converter.write_weights
 
-    def meanwhile(*args):
-        found = write(*args)
+    def meanwhile(*args, **kwargs):
+        found = write(*args, **kwargs)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "config.json").write_text("of another run")
         return found
@@ -201,7 +203,7 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path, run, capsys, monkeypatc
     assert run() == 1
     assert "While this run was writing" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
-    assert not strays(tmp_path)
+    assert strays(tmp_path) == ["out.partial"]
 
 
 def test_rename_itself_refuses_a_folder_that_holds_something(tmp_path):
@@ -251,21 +253,21 @@ def test_earlier_report_is_replaced(tmp_path, run):
 def test_report_into_a_read_only_folder_is_noticed_before_starting(tmp_path, run, capsys, monkeypatch):
     (tmp_path / "closed").mkdir()
     real = os.access
-    monkeypatch.setattr(converter.os, "access", lambda p, mode: p != tmp_path / "closed" and real(p, mode))
+    monkeypatch.setattr(reporting.os, "access", lambda p, mode: p != tmp_path / "closed" and real(p, mode))
     assert run("--report", str(tmp_path / "closed" / "report.json")) == 1
     assert "is read-only" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_failing_report_beside_a_complete_output_says_so(tmp_path, run, capsys, monkeypatch):
-    write = converter.write_json
+    write = reporting.write_json
 
     def full(path, content):
         if path.name == "report.json":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(converter, "write_json", full)
+    monkeypatch.setattr(reporting, "write_json", full)
     assert run("--report", str(tmp_path / "report.json")) == 1
     message = capsys.readouterr().err
     assert f"The model in {tmp_path / 'out'} is complete; only the report" in message
@@ -289,7 +291,7 @@ def test_stopping_a_process_of_its_own_leaves_nothing(source, tmp_path, number):
     argv = ["--input", str(source), "--output", str(tmp_path / "out")]
     running = process(*argv, code=SLOWLY, env={"TMPDIR": str(tmp_path / "temporary")})
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.partial-*/.model*.partial")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out.partial/.model*.partial")) and time.monotonic() < deadline:
         assert running.poll() is None, running.communicate()
         time.sleep(0.02)
     assert list((tmp_path / "temporary").iterdir())
@@ -306,26 +308,13 @@ def test_stopping_a_process_of_its_own_leaves_nothing(source, tmp_path, number):
 def test_signals_that_are_ignored_or_handled_stay_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with command.stoppable():
+        with terminal.stoppable():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_leftovers_of_killed_runs_are_removed_and_those_of_living_ones_stay(tmp_path, run, capsys):
-    dead, alive = tmp_path / f"out.partial-{dead_pid()}", tmp_path / f"out.partial-{os.getppid()}"
-    other = tmp_path / f"outer.partial-{dead_pid()}"
-    for folder in (dead, alive, other):
-        folder.mkdir()
-        (folder / "half").write_text("half")
-    assert run("--dry-run") == 0
-    assert dead.exists()
-    assert run() == 0
-    assert f"removed   {dead}, left by a run that was killed" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name, "out", "source"])
 
 
 def test_output_that_a_killed_run_set_aside_comes_back(tmp_path, run, capsys):
@@ -373,7 +362,7 @@ def test_a_terminal_gets_a_bar_and_a_pipe_plain_lines(source, tmp_path):
     os.close(leader)
     stdout, _ = running.communicate(timeout=60)
     assert running.returncode == 0
-    assert b"write:" in seen and b"%|" in seen
+    assert b"write   " in seen and b"%|" in seen
     assert "21/21 tensors" not in stdout
     stdout, stderr = process("--input", str(source), "--output", str(tmp_path / "b")).communicate(timeout=60)
     assert "write     21/21 tensors, 0.1 MB," in stdout
@@ -406,7 +395,8 @@ def test_a_write_that_really_fails(source, tmp_path):
     running = process(*argv, preexec_fn=small_files, env={"PYTHONDONTWRITEBYTECODE": "1"})
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == 1
-    assert stderr.startswith(f"error: Writing {tmp_path / 'out'} failed: File too large. Nothing was kept.")
+    assert stderr.startswith(f"error: Writing {tmp_path / 'out'} failed: File too large.\n")
+    assert "Nothing was left behind" in stderr
     assert factory.snapshot(tmp_path) == before
 
 
@@ -443,4 +433,4 @@ def test_memory_stays_far_below_the_model(tmp_path, options):
     assert running.returncode == 0, stderr
     used = int(stdout.split()[-1])
     print(f"{used / 1e6:.1f} MB anonymous for {nbytes / 1e6:.0f} MB of weights")
-    assert used < nbytes / 5  # measured: a twentieth or less; a shard held in memory would be all of it
+    assert used < 160e6  # the buffers are 96 MiB whatever the model's size; a shard held in memory would be all of it

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from aquila_pd import shards
-from aquila_pd.checkpoint import convert as convert_module
-from aquila_pd.checkpoint import moving
+from aquila_pd.checkpoint import moving, writing
 from aquila_pd.checkpoint.convert import convert
 from aquila_pd.checkpoint.sources import open_source
 from aquila_pd.checkpoint.verify import content, logits
@@ -31,12 +30,12 @@ def source(tmp_path) -> Path:
 def test_content_verification_notices_a_square_weight_left_untransposed(source, tmp_path, monkeypatch):
     square = "model.layers.1.self_attn.o_proj.weight"
 
-    def forgetful(tensor, region, *, transpose):
-        forget = tensor.shape == region.shape == (32, 32) and np.array_equal(tensor, weights[square])
-        return moving.move(tensor, region, transpose=transpose and not forget)
+    def forgetful(tensor, region):
+        forget = tensor.shape == region.shape == (32, 32) and np.array_equal(tensor.T, weights[square])
+        return moving.move(tensor.T if forget else tensor, region)
 
     weights = factory.load_folder(source)
-    monkeypatch.setattr(convert_module, "move", forgetful)
+    monkeypatch.setattr(writing, "move", forgetful)
     with pytest.raises(VerificationError, match=r"aquila\.layers\.1\.self_attn\.o_proj\.weight: [\d,]+ of 1,024"):
         convert(source, tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()

@@ -14,15 +14,18 @@ BIN_SHARDS = "pytorch_model-*-of-*.bin"
 
 @dataclass(frozen=True)
 class Layout:
-    """kind: "safetensors", "torch_bin" or "gguf"; path: the folder, or the GGUF file; notes: choices to be shown."""
+    """kind: "safetensors", "torch_bin", "gguf" or "planned"; path: the folder, or the GGUF file; notes: choices."""
 
     kind: str
     path: Path
     notes: tuple[str, ...] = ()
 
 
-def find_layout(path: Path) -> Layout:
-    """The checkpoint at a path: a folder or a GGUF file. Raises CheckpointError when there is none, or several."""
+def find_layout(path: Path, *, may_be_planned: bool = False) -> Layout:
+    """The checkpoint at a path: a folder or a GGUF file. Raises CheckpointError when there is none, or several.
+
+    may_be_planned: a folder with config.json and no weights at all counts as one that is still to be fetched.
+    """
     path = Path(path)
     if path.is_file():
         return _gguf_file(path)
@@ -37,6 +40,8 @@ def find_layout(path: Path) -> Layout:
         return Layout("safetensors", path, notes)
     if torch_bin:
         return Layout("torch_bin", path)
+    if may_be_planned and (path / CONFIG).is_file() and not _any(path, "*.gguf"):
+        return Layout("planned", path)
     return _gguf_folder(path)
 
 

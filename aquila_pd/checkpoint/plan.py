@@ -8,13 +8,13 @@ import numpy as np
 
 from .. import shards
 from ..errors import CheckpointError, ConfigError, report
-from ..families.base import paddle_config
 from ..shards import Entry, Shard
-from ..weight_map import BASE_MODEL_PREFIX, EMBEDDING, HEAD, Weight, weights, why_dropped
+from ..weight_map import EMBEDDING, HEAD, Weight, weights, why_dropped
 from .ids import GENERATION_CONFIG, generation_ids, reconcile, tokenizer_ids
 from .layout import read_json
 from .progress import counted
-from .sources import Source
+from .sources import PADDLE, Source
+from .targets import TORCH, Target
 
 TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 NAMES = {tag: name for name, tag in TAGS.items()}
@@ -24,14 +24,16 @@ TIED_REASON = "the config ties the head to the embedding, and the two are equal"
 
 @dataclass(frozen=True)
 class Plan:
-    """moves: Paddle name -> its weight; dropped: (Hugging Face name, reason).
+    """dtype: most of the output has it; moves: name in the output -> its weight; dropped: (Hugging Face name, reason).
 
-    config, generation: contents of the Paddle model's config.json and generation_config.json.
+    config, generation: contents of the new config.json and generation_config.json.
     """
 
     source: Path
     kind: str
     family: str
+    target: Target
+    dtype: str
     config: dict
     generation: dict
     shards: tuple[Shard, ...]
@@ -49,29 +51,34 @@ class Plan:
 # sampling options that mean the same in PaddleNLP; max_length does not (there it counts new tokens only)
 GENERATION_KEYS = ("max_new_tokens", "min_new_tokens", "repetition_penalty", "num_beams", "length_penalty")
 SAMPLING_KEYS = ("temperature", "top_k", "top_p")
+DOES_SAMPLE = {"torch": ("do_sample", True), "paddle": ("decode_strategy", "sampling")}
 
 
-def generation_config(source: Source, fields: dict, ids: dict[str, int]) -> tuple[dict, list[str]]:
-    """generation_config.json: token ids, and the source's options as far as PaddleNLP has them; and warnings.
+def generation_config(source: Source, fields: dict, ids: dict[str, int], framework: str) -> tuple[dict, list[str]]:
+    """generation_config.json: token ids, and the source's options as far as both frameworks have them; and warnings.
 
-    fields: vocab_size and the reconciled ids of config.json; ids: the tokenizer's. Raises CheckpointError.
+    fields: vocab_size and the reconciled ids of config.json; ids: the tokenizer's; framework: of the output.
+    Raises CheckpointError.
     """
     path = source.path / GENERATION_CONFIG
     theirs = read_json(path) if path.is_file() else {}
     found, warnings = generation_ids(fields, theirs, ids)
-    keys = GENERATION_KEYS + (SAMPLING_KEYS if theirs.get("do_sample") else ())
+    key, value = DOES_SAMPLE[source.framework]
+    samples = theirs.get(key) == value
+    keys = GENERATION_KEYS + (SAMPLING_KEYS if samples else ())
     kept = {key: theirs[key] for key in keys if theirs.get(key) is not None}
-    return {**found, **({"decode_strategy": "sampling"} if theirs.get("do_sample") else {}), **kept}, warnings
+    return {**found, **(dict([DOES_SAMPLE[framework]]) if samples else {}), **kept}, warnings
 
 
-def make_plan(source: Source, *, dtype: str | None, max_shard_size: str | int) -> Plan:
-    """Plan the conversion of an open source. dtype None keeps what is stored.
+def make_plan(source: Source, target: Target, *, dtype: str | None, max_shard_size: str | int) -> Plan:
+    """Plan the conversion of an open source into a target. dtype None keeps what is stored.
 
     Raises CheckpointError listing every missing, unexpected and misshapen tensor together, ConfigError for options.
     """
     if dtype is not None and dtype not in TAGS:
         raise ConfigError(f"The dtype {dtype!r} is not known. Choose one of {', '.join(TAGS)}.")
     limit = shards.parse_size(max_shard_size)
+    _check_direction(source, target)
     wanted = weights(source.dims)
     dropped = _dropped(source)
     findings = compare(source, wanted, {name for name, _ in dropped})
@@ -79,11 +86,12 @@ def make_plan(source: Source, *, dtype: str | None, max_shard_size: str | int) -
         raise CheckpointError(_report(source, findings))
     dropped += _check_tied_head(source)
     entries = [
-        Entry(w.paddle, TAGS.get(dtype or "", AS_STORED[source.tensors[w.hf].dtype]), w.paddle_shape) for w in wanted
+        Entry(target.name(w), TAGS.get(dtype or "", AS_STORED[source.tensors[w.hf].dtype]), target.shape(w))
+        for w in wanted
     ]
     ids = tokenizer_ids(source.path)
     fields, warnings = reconcile(source.fields, ids)
-    generation, more = generation_config(source, fields, ids)
+    generation, more = generation_config(source, fields, ids, target.framework)
     warnings += [warning for warning in more if warning not in warnings]
     written = _main_dtype(entries)
     if dtype is None and fields["dtype"] not in (None, written):
@@ -92,10 +100,12 @@ def make_plan(source: Source, *, dtype: str | None, max_shard_size: str | int) -
         source=source.path,
         kind=source.layout.kind,
         family=source.family.name,
-        config=paddle_config(fields, written),
+        target=target,
+        dtype=written,
+        config=target.config(fields, written),
         generation=generation,
         shards=tuple(shards.plan_shards(entries, limit)),
-        moves={weight.paddle: weight for weight in wanted},
+        moves={target.name(weight): weight for weight in wanted},
         dropped=tuple(dropped),
         notes=tuple(source.notes),
         warnings=tuple(warnings),
@@ -119,13 +129,22 @@ def compare(source: Source, wanted: list[Weight], dropped: set[str]) -> list[str
     return findings + [f"unexpected  {name} {list(found[name].shape)} ({found[name].file})" for name in extra]
 
 
-def _report(source: Source, findings: list[str]) -> str:
-    if any(name.startswith(f"{BASE_MODEL_PREFIX}.") for name in source.tensors):
-        advice = (
-            f"Names beginning with {BASE_MODEL_PREFIX}. are a Paddle checkpoint's: this folder needs no conversion."
+def _check_direction(source: Source, target: Target) -> None:
+    """Raise CheckpointError for a source that is what the target makes."""
+    if source.framework == PADDLE and target.framework != TORCH:
+        raise CheckpointError(
+            f"{source.path} is a Paddle checkpoint already: its names begin with a Paddle model's prefix. It needs no "
+            "conversion; convert/paddle2torch.py is the way back to torch."
         )
-    else:
-        advice = "Compare config.json and the files with where they came from; fetch what differs again."
+    if source.framework != PADDLE and target.framework == TORCH:
+        raise CheckpointError(
+            f"{source.path} is not a Paddle checkpoint: no tensor has a Paddle model's prefix.\n"
+            "Only Paddle checkpoints go back to torch; convert/torch2paddle.py is the other way."
+        )
+
+
+def _report(source: Source, findings: list[str]) -> str:
+    advice = "Compare config.json and the files with where they came from; fetch what differs again."
     headline = f"{source.path} does not hold the model its config.json describes:"
     return report(headline, findings, f"Nothing was written. {advice}")
 
@@ -142,7 +161,7 @@ def _check_tied_head(source: Source) -> list[tuple[str, str]]:
     """Raise CheckpointError when a config calls the head tied and the file's head says something else."""
     if not source.dims.tied or HEAD.hf not in source.tensors:
         return []
-    if not _equal_rows(source.read(HEAD.hf), source.read(EMBEDDING.hf)):
+    if not _equal_rows(source):
         raise CheckpointError(
             f"{source.path}: config.json says tie_word_embeddings, but {HEAD.hf} differs from {EMBEDDING.hf}.\n"
             f'Nothing was written. If the head is meant, set "tie_word_embeddings": false in a copy of config.json; '
@@ -151,9 +170,11 @@ def _check_tied_head(source: Source) -> list[tuple[str, str]]:
     return []
 
 
-def _equal_rows(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> bool:
-    """Equality without a temporary of the tensors' size."""
-    return a.shape == b.shape and all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
+def _equal_rows(source: Source, rows: int = 1024) -> bool:
+    """Whether head and embedding are equal, without a temporary of their size."""
+    (count, _), other = source.tensors[HEAD.hf].shape, source.tensors[EMBEDDING.hf].shape
+    pairs = ([source.read(name, slice(i, i + rows)) for name in (HEAD.hf, EMBEDDING.hf)] for i in range(0, count, rows))
+    return (count, _) == other and all(np.array_equal(a, b) for a, b in pairs)
 
 
 def _main_dtype(entries: list[Entry]) -> str:
@@ -167,7 +188,8 @@ def _main_dtype(entries: list[Entry]) -> str:
 def describe(plan: Plan, output: Path) -> str:
     """The plan as text for a person, without its warnings."""
     c = plan.config
-    tensors = len(plan.moves)
+    tensors, target = len(plan.moves), plan.target
+    made = f"{target.architecture} for {'PaddleNLP' if target.framework != TORCH else 'torch'}"
     files = f"{len(plan.shards)} shards" if len(plan.shards) > 1 else "one file"
     heads = f"{c['num_attention_heads']}/{c['num_key_value_heads']} heads"
     lines = [
@@ -176,14 +198,29 @@ def describe(plan: Plan, output: Path) -> str:
         f"  family    {plan.family}: {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, {heads}, "
         f"intermediate {c['intermediate_size']}, vocabulary {c['vocab_size']}"
         + (", tied head" if c["tie_word_embeddings"] else ""),
-        f"  rotary    theta {c['rope_theta']:g}, {c['max_position_embeddings']} positions, "
-        + ("scaling {type} x{factor:g}".format(**c["rope_scaling"]) if c["rope_scaling"] else "no scaling"),
+        f"  rotary    theta {c['rope_theta']:g}, {c['max_position_embeddings']} positions, " + _scaling(c),
         f"  source    {plan.kind}, {megabytes(plan.bytes_in)}",
-        f"  output    {counted(tensors, 'tensor')}, {c['dtype']}, {megabytes(plan.nbytes)} in {files}",
+        f"  output    {made}, {counted(tensors, 'tensor')}, {plan.dtype}, {megabytes(plan.nbytes)} in {files}",
     ]
     for reason, names in _by_reason(plan.dropped).items():
         lines.append(f"  dropped   {counted(len(names), 'tensor')}, {names[0]} first: {reason}")
     lines += [f"  note      {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _scaling(config: dict) -> str:
+    scaling = config.get("rope_scaling")
+    return f"scaling {scaling['type']} x{scaling['factor']:g}" if scaling else "no scaling"
+
+
+def describe_shards(plan: Plan) -> str:
+    """One line for each file to be written: name, bytes, tensors, and the first and last of them."""
+    width = max(len(f"{shard.nbytes:,}") for shard in plan.shards)
+    lines = [
+        f"  {shard.file}  {shard.nbytes:>{width},} bytes, {counted(len(shard.entries), 'tensor'):>11}: "
+        f"{shard.entries[0].name} to {shard.entries[-1].name}"
+        for shard in plan.shards
+    ]
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 import sys
 import time
 
-SECONDS = 5  # between lines of a run whose output goes to a file
+SECONDS = 10  # between lines of a run whose output goes to a file
 
 
 def counted(number: int, what: str) -> str:
@@ -11,21 +11,32 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
-class Progress:
-    """Counts bytes and tensors of a known total."""
+def duration(seconds: float) -> str:
+    """A time for people: 8 s, 3 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
-    def __init__(self, what: str, *, total: int, tensors: int):
-        self.what, self.total, self.tensors = what, total, tensors
+
+class Progress:
+    """Counts bytes and things of a known total. title: the step; what: one thing, "tensor"."""
+
+    def __init__(self, title: str, *, total: int, tensors: int, what: str = "tensor"):
+        self.title, self.total, self.tensors, self.what = title, total, tensors, what
         self.bytes = self.count = 0
         self.start = self._said = time.monotonic()
-        self._bar = _bar(what, total) if sys.stderr and sys.stderr.isatty() else None
+        self._bar = _bar(title, total) if sys.stderr and sys.stderr.isatty() else None
 
-    def advance(self, nbytes: int) -> None:
+    def advance(self, nbytes: int, count: int = 1) -> None:
+        """nbytes more are done, and with them so many things."""
         self.bytes += nbytes
-        self.count += 1
+        self.count += count
         if self._bar is not None:
             self._bar.update(nbytes)
-        elif self.count == self.tensors or time.monotonic() - self._said >= SECONDS:
+        elif self._done or time.monotonic() - self._said >= SECONDS:
             self._said = time.monotonic()
             print(self.line(), flush=True)
 
@@ -34,16 +45,21 @@ class Progress:
             self._bar.close()
 
     @property
+    def _done(self) -> bool:
+        return self.count == self.tensors and self.bytes == self.total
+
+    @property
     def seconds(self) -> float:
         return max(time.monotonic() - self.start, 1e-6)
 
     def line(self) -> str:
-        rate = self.bytes / self.seconds / 1e6
-        done = f"{self.count}/{counted(self.tensors, 'tensor')}"
-        return f"  {self.what:<8}  {done}, {self.bytes / 1e6:,.1f} MB, {rate:,.0f} MB/s"
+        rate = self.bytes / self.seconds
+        left = "" if self._done else f", {duration((self.total - self.bytes) / max(rate, 1))} left"
+        done = f"{self.count}/{counted(self.tensors, self.what)}"
+        return f"  {self.title:<8}  {done}, {self.bytes / 1e6:,.1f} MB, {rate / 1e6:,.0f} MB/s{left}"
 
 
-def _bar(what: str, total: int):
+def _bar(title: str, total: int):
     from tqdm import tqdm
 
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False)
+    return tqdm(desc=f"  {title:<8}", total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True)

@@ -1,5 +1,7 @@
 """LLaMA in Hugging Face's form: Ziya, Ziya2, SmolLM2, and every GGUF file of the LLaMA architecture."""
 
+from collections.abc import Mapping
+
 from .. import config_checks
 from .base import Family, always
 
@@ -54,6 +56,7 @@ IGNORED = {
     "model_type": "names the family",
     "_name_or_path": PROVENANCE,
     "transformers_version": PROVENANCE,
+    "paddlenlp_version": PROVENANCE,
     "auto_map": "names Python files of the source",
     "custom_pipelines": "names Python files of the source",
     "is_llama_config": PROVENANCE,
@@ -80,9 +83,14 @@ def complete(fields: dict) -> dict:
     return {**fields, "num_key_value_heads": fields["num_attention_heads"] if kv_heads is None else kv_heads}
 
 
+def is_paddlenlp(config: Mapping) -> bool:
+    """Whether PaddleNLP's own LLaMA, which has other keys, wrote this config.json."""
+    return "paddlenlp_version" in config or "rope_scaling_type" in config
+
+
 FAMILY = Family(
     name="llama",
-    recognises=lambda config: config.get("model_type") == "llama",
+    recognises=lambda config: config.get("model_type") == "llama" and not is_paddlenlp(config),
     read=READ,
     defaults=DEFAULTS,
     neutral=NEUTRAL,

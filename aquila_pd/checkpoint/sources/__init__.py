@@ -9,19 +9,25 @@ from ... import families
 from ...errors import CheckpointError, report
 from ...families.base import dims
 from ...families.dialect import rotate_half_rows
-from ..layout import Layout, find_layout
-from .reader import Reader, Stored
+from ..layout import Layout, find_layout, read_config
+from .paddle import PaddleReader, is_paddle
+from .planned import PlannedReader
+from .reader import ALL, Reader, Stored
+
+TORCH, PADDLE = "torch", "paddle"
 
 
 class Source:
     """An open checkpoint. Used as a context manager.
 
-    fields: the family's reading of config.json; dims: sizes; tensors: Hugging Face name -> how it is stored.
+    fields: the family's reading of config.json; dims: sizes; tensors: Hugging Face name -> how it is stored;
+    framework: whose checkpoint it is, "torch" or "paddle".
     """
 
     def __init__(self, layout: Layout, reader: Reader, family: families.Family):
         self.layout, self.family, self._reader = layout, family, reader
         self.path = layout.path
+        self.framework = PADDLE if isinstance(reader, PaddleReader) else TORCH
         self.config = reader.config
         self.fields = family.fields(reader.config)
         self.dims = dims(self.fields)
@@ -30,20 +36,31 @@ class Source:
         self._names = _hf_names(self.dialect.to_hf, list(reader.stored), layout.path)
         self.tensors: dict[str, Stored] = {hf: reader.stored[name] for hf, name in self._names.items()}
 
-    def read(self, hf_name: str) -> np.ndarray:
-        """One tensor in Hugging Face's layout, mapped from the file where possible."""
-        tensor = self._reader.read(self._names[hf_name])
-        whose = self.dialect.heads_of(hf_name)
+    def read(self, hf_name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """Part of one tensor in Hugging Face's layout [out, in], mapped from the file where possible.
+
+        Several threads may call it at once. A transposed view (strides, not values) is as good as any other array.
+        """
+        name, whose = self._names[hf_name], self.dialect.heads_of(hf_name)
         if whose is None:
-            return tensor
+            return self._reader.read(name, rows, columns)
         heads = self.fields["num_attention_heads" if whose == "q" else "num_key_value_heads"]
-        return rotate_half_rows(tensor, heads)
+        begin, end, _ = rows.indices(self.tensors[hf_name].shape[0])
+        size = self.tensors[hf_name].shape[0] // heads
+        first, last = begin // size, -(-end // size)  # whole heads, then cut
+        part = self._reader.read(name, slice(first * size, last * size), columns)
+        return rotate_half_rows(part, last - first)[begin - first * size : end - first * size]
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that holds weights, sorted; none of a checkpoint that is only planned."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return sorted(path for path in {folder / stored.file for stored in self.tensors.values()} if path.is_file())
 
     @property
     def nbytes(self) -> int:
         """Size of the files, which is what has to be read."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return sum((folder / file).stat().st_size for file in {stored.file for stored in self.tensors.values()})
+        return sum(path.stat().st_size for path in self.files)
 
     def close(self) -> None:
         self._reader.close()
@@ -55,12 +72,17 @@ class Source:
         self.close()
 
 
-def open_source(path: Path, family: str = families.AUTO) -> Source:
-    """Open the checkpoint at a path; reads headers and config only.
+def open_source(path: Path, family: str = families.AUTO, *, may_be_planned: bool = False) -> Source:
+    """Open the checkpoint at a path, a torch one or a Paddle one; reads headers and config only.
 
+    may_be_planned: a folder with config.json and no weights will do; then nothing can be read from it.
     Raises CheckpointError for files that cannot be read, ConfigError for a config.json that cannot be understood.
     """
-    layout = find_layout(path)
+    layout = find_layout(path, may_be_planned=may_be_planned)
+    if layout.kind == "planned":
+        config = read_config(layout.path)
+        found = families.find_family(config, family)
+        return Source(layout, PlannedReader(config, found), found)
     reader = _open_reader(layout)
     try:
         return Source(layout, reader, families.find_family(reader.config, family))
@@ -71,12 +93,19 @@ def open_source(path: Path, family: str = families.AUTO) -> Source:
 
 def _open_reader(layout: Layout) -> Reader:
     if layout.kind == "gguf":
-        from .gguf import GGUFReader as reader
-    elif layout.kind == "torch_bin":
+        from .gguf import GGUFReader
+
+        return GGUFReader(layout.path)
+    if layout.kind == "torch_bin":
         from .torch_bin import TorchBinReader as reader
     else:
         from .safetensors import SafetensorsReader as reader
-    return reader(layout.path)
+    opened = reader(layout.path)
+    if is_paddle(list(opened.stored)):
+        return PaddleReader(opened)
+    from . import packed
+
+    return packed.unpack(opened, layout.path)
 
 
 def _hf_names(to_hf, names: list[str], path: Path) -> dict[str, str]:

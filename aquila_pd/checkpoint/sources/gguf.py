@@ -11,7 +11,7 @@ from ... import shards
 from ...errors import CheckpointError, report
 from ...families.dialect import Dialect
 from ...gguf_file import PRE_TOKENIZER, import_gguf, open_gguf, pre_tokenizer_note, read_value
-from .reader import Stored
+from .reader import ALL, Stored
 
 ARCHITECTURE = "llama"
 DIALECT = Dialect(
@@ -60,7 +60,7 @@ IGNORED = {
 }
 MEANINGLESS = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
 NATIVE = ("F32", "F16", "BF16", "F64")
-ROWS_AT_ONCE = 2048  # unpacking makes several temporaries of what it is given
+ROWS_AT_ONCE = 512  # unpacking makes several temporaries of what it is given
 
 
 class GGUFReader:
@@ -81,17 +81,34 @@ class GGUFReader:
             note = pre_tokenizer_note(read_value(self._file, PRE_TOKENIZER, path))
             self.notes += [note] if note else []
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
         tensor, stored = self._tensors[name], self.stored[name]
-        if not stored.packed:
-            return tensor.data.view(shards.DTYPES[stored.dtype]).reshape(stored.shape)
-        out = np.empty(stored.shape, np.float32)
-        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-        flat = out.reshape(len(rows), -1)
-        for begin in range(0, len(rows), ROWS_AT_ONCE):
-            some = slice(begin, begin + ROWS_AT_ONCE)
-            flat[some] = self._gguf.dequantize(rows[some], tensor.tensor_type)
-        return out
+        if stored.packed:
+            return self._unpack(tensor, stored.shape, rows, columns)
+        native = self._mapped(tensor).view(shards.DTYPES[stored.dtype]).reshape(stored.shape)
+        return native[rows, columns] if native.ndim == 2 else native[rows]
+
+    def _mapped(self, tensor) -> np.ndarray:
+        """The bytes of a tensor, in a map of its own that can be released without taking another thread's pages."""
+        begin = int(tensor.data_offset)
+        return np.memmap(self._path, np.uint8, "r", begin, (int(tensor.n_bytes),))
+
+    def _unpack(self, tensor, shape: tuple[int, ...], rows: slice, columns: slice) -> np.ndarray:
+        """Part of a packed tensor as float32. Each row is a chain of blocks: whole blocks are unpacked, then cut."""
+        values, nbytes = self._gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        width = shape[-1]
+        packed = self._mapped(tensor).reshape(-1, width // values * nbytes)
+        if len(shape) == 1:
+            return self._gguf.dequantize(packed, tensor.tensor_type).reshape(shape)[rows]
+        begin, end, _ = columns.indices(width)
+        first, last = begin // values, -(-end // values)
+        packed = packed[rows, first * nbytes : last * nbytes]
+        out = np.empty((len(packed), (last - first) * values), np.float32)
+        for at in range(0, len(packed), ROWS_AT_ONCE):
+            some = slice(at, at + ROWS_AT_ONCE)
+            out[some] = self._gguf.dequantize(np.ascontiguousarray(packed[some]), tensor.tensor_type)
+        shards.release(packed)
+        return out[:, begin - first * values : end - first * values]
 
     def close(self) -> None:
         self._tensors, self._file = {}, None

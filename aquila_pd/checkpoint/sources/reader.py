@@ -7,6 +7,8 @@ import numpy as np
 
 from ...families.dialect import Dialect
 
+ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -32,8 +34,12 @@ class Reader(Protocol):
     dialect: Dialect | None
     notes: list[str]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor [as stored], mapped where the format allows it; may be read-only."""
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """Part of one tensor: these rows and, of a matrix, these columns; slices have no step.
+
+        A read-only view of the mapped file where the format allows it; otherwise only what was asked for is unpacked.
+        Several threads may call it at once, and what one of them releases is no other's.
+        """
 
     def close(self) -> None:
         """Let go of files and memory."""

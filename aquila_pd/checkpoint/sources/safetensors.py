@@ -7,7 +7,7 @@ import numpy as np
 from ... import shards
 from ...families.dialect import Dialect
 from ..layout import read_config
-from .reader import Stored
+from .reader import ALL, Stored
 
 
 class SafetensorsReader:
@@ -21,8 +21,9 @@ class SafetensorsReader:
         self.stored = {name: Stored(i.dtype, i.shape, i.file.name) for name, i in self._infos.items()}
         self.notes: list[str] = []
 
-    def read(self, name: str) -> np.ndarray:
-        return shards.view(self._infos[name])
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        tensor = shards.view(self._infos[name])  # a map of its own each time, so that it can be released alone
+        return tensor[rows, columns] if tensor.ndim == 2 else tensor[rows]
 
     def close(self) -> None:
         pass  # every map closes with its array

@@ -4,74 +4,128 @@ Shared with the conversion, and so not found wrong here: the table of weights an
 order of rotary rows). Only the move is checked, through numpy's own cast and transpose.
 """
 
+import math
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ... import shards
 from ...errors import VerificationError, report
+from ...shards import DTYPES, TensorInfo
 from ...weight_map import Weight, weights
+from ..moving import parts
+from ..pipeline import buffer_size, in_order
 from ..progress import Progress
-from ..sources import Source
+from ..sources import ALL, Source
+from ..targets import PADDLE, Target, find_target
 from .result import Verified
 
 BLOCK = 512  # rows and columns compared at a time; both sides of a transposed block fit the cache
-
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EXACT = {*((tag, tag) for tag in NAMES), ("F16", "F32"), ("BF16", "F32")}  # casts that keep every value
 
 
-def verify_content(source: Source, output: Path) -> Verified:
-    """Read source and output again and compare every value. Raises VerificationError naming the worst tensors."""
-    wanted = weights(source.dims)
+@dataclass
+class Differences:
+    """Of one tensor: how many values differ, the largest difference, and a line about its place."""
+
+    compared: int = 0
+    differing: int = 0
+    worst: float = -1.0
+    line: str = ""
+
+    def add(self, other: "Differences") -> None:
+        self.compared += other.compared
+        self.differing += other.differing
+        if other.worst > self.worst:
+            self.worst, self.line = other.worst, other.line
+
+
+def verify_content(source: Source, output: Path, *, target: Target | None = None, workers: int = 1) -> Verified:
+    """Read source and output again and compare every value. Raises VerificationError naming the worst tensors.
+
+    target: what the output was made as, by default our own Paddle decoder.
+    """
+    target = target or find_target(PADDLE)
+    wanted = {target.name(weight): weight for weight in weights(source.dims)}
     held = shards.read_layout(output)
-    findings = [f"missing     {weight.paddle}" for weight in wanted if weight.paddle not in held]
-    names = {weight.paddle for weight in wanted}
-    findings += [f"unexpected  {name}" for name in held if name not in names]
-    progress = Progress("verify", total=sum(info.nbytes for info in held.values()), tensors=len(held))
-    values, worst, rounded = 0, [], set()
-    for weight in wanted:
-        if weight.paddle in held:
-            info = held[weight.paddle]
-            found = _compare_tensor(source, weight, shards.view(info))
-            worst += [found] if found else []
-            values += int(np.prod(weight.hf_shape))
-            rounded |= {info.dtype} if (source.tensors[weight.hf].dtype, info.dtype) not in EXACT else set()
-            progress.advance(info.nbytes)
-    progress.close()
-    findings += [line for _, line in sorted(worst, key=lambda pair: -pair[0])]
+    findings = [f"missing     {name}" for name in wanted if name not in held]
+    findings += [f"unexpected  {name}" for name in held if name not in wanted]
+    findings += [
+        f"shape       {name}: {list(held[name].shape)}, its source {list(target.shape(weight))}"
+        for name, weight in wanted.items()
+        if name in held and held[name].shape != target.shape(weight)
+    ]
+    if not findings:
+        found = _compare(source, held, wanted, target, workers=workers)
+        worst = sorted(((d.worst, name, d) for name, d in found.items() if d.differing), reverse=True)
+        findings = [f"values      {name}: {d.differing:,} of {d.compared:,}; {d.line}" for _, name, d in worst]
     if findings:
         headline = f"The output does not hold what {source.path} holds (worst first):"
-        raise VerificationError(report(headline, findings, "Nothing was kept. Convert again; report it if it repeats."))
-    after = f" after rounding to {' and '.join(sorted(NAMES[tag] for tag in rounded))}" if rounded else ""
+        raise VerificationError(report(headline, findings, "Convert again; report it if it repeats."))
+    pairs = {(source.tensors[weight.hf].dtype, held[name].dtype) for name, weight in wanted.items()}
+    rounded = sorted(NAMES[to] for _, to in pairs - EXACT)
+    after = f" after rounding to {' and '.join(dict.fromkeys(rounded))}" if rounded else ""
+    values = sum(d.compared for d in found.values())
+    assert values == sum(math.prod(weight.hf_shape) for weight in wanted.values())
     return Verified("content", values, f"content equal{after} ({values:,} values)")
 
 
-def _compare_tensor(source: Source, weight: Weight, output: np.ndarray) -> tuple[float, str] | None:
-    """The largest difference of one tensor and a line about it, None when all values are the same bits."""
-    tensor = source.read(weight.hf)
-    there = output.T if weight.transpose else output  # [as in the source]
-    if there.shape != tensor.shape:
-        return np.inf, f"shape       {weight.paddle}: {list(output.shape)}, its source {list(tensor.shape)}"
-    rows, there_rows = (tensor[None], there[None]) if tensor.ndim == 1 else (tensor, there)
-    differing, worst, line = 0, -1.0, ""
-    for r in range(0, rows.shape[0], BLOCK):
-        for c in range(0, rows.shape[1], BLOCK):
+def _compare(
+    source: Source, held: dict[str, TensorInfo], wanted: dict[str, Weight], target: Target, *, workers: int
+) -> dict[str, Differences]:
+    tasks = [
+        (name, rows)
+        for name in sorted(wanted, key=lambda name: (held[name].file, held[name].offset))
+        for rows in parts(held[name].shape, max(4, DTYPES[held[name].dtype].itemsize), buffer_size(workers))
+    ]
+    last = dict(tasks)
+    progress = Progress("verify", total=sum(info.nbytes for info in held.values()), tensors=len(last))
+    found = {name: Differences() for name in wanted}
+
+    def work(task: tuple[str, slice]) -> tuple[str, slice, Differences]:
+        name, rows = task
+        weight = wanted[name]
+        return name, rows, _compare_part(source, weight, held[name], rows, turned=target.turns(weight))
+
+    with closing(in_order(work, tasks, workers=workers)) as results:
+        for name, rows, differences in results:
+            found[name].add(differences)
+            progress.advance(differences.compared * DTYPES[held[name].dtype].itemsize, int(rows is last[name]))
+    progress.close()
+    return found
+
+
+def _compare_part(source: Source, weight: Weight, info: TensorInfo, rows: slice, *, turned: bool) -> Differences:
+    """Compare rows of the output with what the source holds there, both turned to the source's layout."""
+    tensor = source.read(weight.hf, ALL, rows) if turned else source.read(weight.hf, rows)
+    there = shards.view(info)[rows]
+    found = _compare_arrays(tensor, there.T if turned else there, rows.start, turned=turned)
+    shards.release(tensor)
+    shards.release(there)
+    return found
+
+
+def _compare_arrays(tensor: np.ndarray, there: np.ndarray, begin: int, *, turned: bool) -> Differences:
+    """begin: the first column (turned) or row in the whole tensor."""
+    matrix = tensor.ndim == 2
+    a, b = (tensor, there) if matrix else (tensor[:, None], there[:, None])
+    found = Differences(compared=tensor.size)
+    for r in range(0, a.shape[0], BLOCK):
+        for c in range(0, a.shape[1], BLOCK):
             block = (slice(r, r + BLOCK), slice(c, c + BLOCK))
             with np.errstate(over="ignore", invalid="ignore"):
-                wanted = rows[block].astype(output.dtype)
-            found = np.ascontiguousarray(there_rows[block])
-            unequal = _bits(wanted) != _bits(found)
-            if not unequal.any():
-                continue
-            differing += int(unequal.sum())
-            size, at = _largest(wanted, found, unequal)
-            if size > worst:
-                worst, place = size, (r + at[0], c + at[1])[-tensor.ndim :]
-                line = f"at {list(map(int, place))} the source says {wanted[at]}, the output {found[at]}"
-    shards.release(tensor)
-    shards.release(output)
-    return (worst, f"values      {weight.paddle}: {differing:,} of {tensor.size:,}; {line}") if differing else None
+                wanted = np.ascontiguousarray(a[block].astype(b.dtype))
+            held = np.ascontiguousarray(b[block])
+            unequal = _bits(wanted) != _bits(held)
+            if unequal.any():
+                size, at = _largest(wanted, held, unequal)
+                place = (r + at[0], c + at[1] + begin) if turned else (r + at[0] + begin, c + at[1])
+                line = f"at {list(place[: tensor.ndim])} the source says {wanted[at]}, the output {held[at]}"
+                found.add(Differences(0, int(unequal.sum()), size, line))
+    return found
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,28 @@
+"""How long a conversion will take, from a sample that is measured now; the disk is not asked."""
+
+import time
+
+import numpy as np
+
+from .moving import move
+from .pipeline import in_order
+from .plan import Plan
+from .progress import duration
+
+SAMPLE = (1024, 4096)  # of 16-bit values, 8 MB; large enough to leave the caches of a core
+ROUNDS = 4  # samples per worker
+HASHING = 2.0  # moving and then hashing and writing a value takes about this many times as long as moving it
+
+
+def estimate(plan: Plan, *, workers: int) -> str:
+    """A line about the time the processor will need."""
+    source = np.ones(SAMPLE, np.uint16).T
+    targets = [np.zeros(source.shape, np.uint16) for _ in range(workers)]
+    begin = time.perf_counter()
+    for _ in in_order(lambda i: move(source, targets[i % workers]), range(workers * ROUNDS), workers=workers):
+        pass
+    rate = workers * ROUNDS * source.nbytes / (time.perf_counter() - begin) / HASHING
+    return (
+        f"  time      about {duration(max(plan.nbytes / rate, 1))} with {workers} workers ({rate / 1e6:,.0f} MB/s, "
+        f"measured on a sample), plus as much to verify; longer when the disk is slower"
+    )

@@ -1,0 +1,52 @@
+"""The manifest of a folder we wrote: each file with its size and hash, so that anybody can check it later.
+
+It holds no time, path or machine: the same weights and options give the same manifest, byte for byte.
+"""
+
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..files import read_object, write_json
+from ..versions import NAME, VERSION
+from .journal import hash_file
+from .pipeline import in_order
+from .plan import Plan
+
+MANIFEST = "conversion-manifest.json"
+
+
+def write_manifest(folder: Path, plan: Plan, hashes: dict[str, str], *, without: set[str]) -> None:
+    """Write the manifest of all files in a folder. hashes: those already known; without: names that will not stay."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in without | {MANIFEST}:
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": hashes.get(path.name) or hash_file(path)}
+    about = {
+        "written_by": f"{NAME} {VERSION}",
+        "target": {"framework": plan.target.framework, "architecture": plan.target.architecture},
+        "tensors": len(plan.moves),
+        "files": files,
+    }
+    write_json(folder / MANIFEST, about)
+
+
+def read_manifest(folder: Path) -> dict:
+    """File name -> {"bytes", "sha256"} of a folder with a manifest. Raises CheckpointError."""
+    found = read_object(folder / MANIFEST, CheckpointError).get("files")
+    if not isinstance(found, dict) or not all(
+        isinstance(about, dict) and isinstance(about.get("sha256"), str) and Path(name).name == name
+        for name, about in found.items()
+    ):
+        raise CheckpointError(f"{folder / MANIFEST} is not a manifest. Convert again, or fetch the folder again.")
+    return found
+
+
+def check_manifest(folder: Path, *, workers: int) -> tuple[int, list[str]]:
+    """Hash every file a manifest names; return how many agree and a line for each that does not."""
+    expected = read_manifest(folder)
+    present = [name for name in sorted(expected) if (folder / name).is_file()]
+    findings = [f"missing     {name}" for name in sorted(set(expected) - set(present))]
+    hashes = in_order(lambda name: (name, hash_file(folder / name)), present, workers=workers)
+    differing = [name for name, digest in hashes if digest != expected[name]["sha256"]]
+    findings += [f"changed     {name}: its sha256 is not the manifest's" for name in differing]
+    return len(present) - len(differing), findings

@@ -1,0 +1,30 @@
+"""A checkpoint of which only config.json is there: what its weights will be, so that a conversion can be planned."""
+
+import numpy as np
+
+from ...errors import CheckpointError
+from ...families.base import Family, dims
+from ...families.dialect import Dialect
+from ...weight_map import weights
+from .reader import ALL, Stored
+
+TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+NOWHERE = "a file that is not there yet"
+
+
+class PlannedReader:
+    """Knows shapes, has no values."""
+
+    def __init__(self, config: dict, family: Family):
+        fields = family.fields(config)
+        tag = TAGS.get(fields["dtype"], "F32")
+        self.config = config
+        self.dialect: Dialect | None = Dialect("planned")  # the table's own names
+        self.stored = {weight.hf: Stored(tag, weight.hf_shape, NOWHERE) for weight in weights(dims(fields))}
+        self.notes = ["only config.json is there: this is a plan for weights still to be fetched"]
+
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        raise CheckpointError(f"{name} cannot be read: the folder holds config.json and no weights.")
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,102 @@
+"""What a conversion can make: for which framework, under which names, in which layout, with which config.json.
+
+A target says; plan.py plans with it and convert.py writes. Every one is made of the same table, read to the right for
+Paddle and to the left for torch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..families.base import COUNTS, paddle_config
+from ..weight_map import BASE_MODEL_PREFIX, HF_PREFIX, Weight, prefixed
+
+PADDLE, TORCH = "paddle", "torch"
+
+
+@dataclass(frozen=True)
+class Target:
+    """framework: "paddle" or "torch"; architecture: as --architecture names it; prefix: of names, without the dot;
+    config: (our fields, dtype name) -> config.json; tag: "format" in the safetensors metadata; bundle: the folder
+    carries our code."""
+
+    framework: str
+    architecture: str
+    prefix: str
+    config: Callable[[Mapping, str], dict]
+    bundle: bool = False
+
+    @property
+    def tag(self) -> str:
+        # PaddleNLP refuses "pt" and "pd", transformers everything but "pt"
+        return "pt" if self.framework == TORCH else "np"
+
+    def name(self, weight: Weight) -> str:
+        return prefixed(weight.hf, self.prefix)
+
+    def turns(self, weight: Weight) -> bool:
+        """Whether this target stores the weight as [in, out], Hugging Face's layout turned."""
+        return weight.transpose and self.framework == PADDLE
+
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        return weight.hf_shape[::-1] if self.turns(weight) else weight.hf_shape
+
+
+def torch_config(model_type: str, architecture: str) -> Callable[[Mapping, str], dict]:
+    """The config.json Hugging Face's libraries read."""
+
+    def config(fields: Mapping, dtype: str) -> dict:
+        # torch's side has no "dtype" key in the versions vLLM and llama.cpp read
+        common = {key: value for key, value in paddle_config(fields, dtype).items() if key != "dtype"}
+        scaling = fields["rope_scaling"]
+        return {
+            **common,
+            "architectures": [architecture],
+            "model_type": model_type,
+            "rope_scaling": scaling and {**scaling, "rope_type": scaling["type"]},  # both spellings are read somewhere
+        }
+
+    return config
+
+
+def paddlenlp_llama_config(fields: Mapping, dtype: str) -> dict:
+    """The config.json of PaddleNLP's own LLaMA, which spells rotary scaling in two keys. Raises ConfigError."""
+    scaling = fields["rope_scaling"] or {"type": None, "factor": 1.0}
+    if scaling["type"] not in (None, "linear"):
+        raise ConfigError(
+            f"PaddleNLP's LLaMA does not compute rope_scaling {scaling['type']!r} as torch does. "
+            f"Use --architecture {BASE_MODEL_PREFIX}."
+        )
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{name: fields[name] for name in COUNTS},
+        **{name: fields[name] for name in ("rms_norm_eps", "rope_theta", "initializer_range")},
+        "rope_scaling_type": scaling["type"],
+        "rope_scaling_factor": scaling["factor"],
+        **{name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")},
+        "use_cache": True,
+        "dtype": dtype,
+    }
+
+
+TARGETS = (
+    Target(PADDLE, "aquila", BASE_MODEL_PREFIX, paddle_config, bundle=True),
+    Target(PADDLE, "llama", "llama", paddlenlp_llama_config),
+    Target(TORCH, "llama", HF_PREFIX.rstrip("."), torch_config("llama", "LlamaForCausalLM")),
+    Target(TORCH, "aquila", HF_PREFIX.rstrip("."), torch_config("aquila", "AquilaForCausalLM")),
+)
+
+
+def architectures(framework: str) -> list[str]:
+    """What --architecture offers, the default first."""
+    return [target.architecture for target in TARGETS if target.framework == framework]
+
+
+def find_target(framework: str, architecture: str | None = None) -> Target:
+    """The target of this name, by default the first of its framework. Raises ConfigError."""
+    known = architectures(framework)
+    asked = known[0] if architecture is None else architecture
+    if asked not in known:
+        raise ConfigError(f"The architecture {asked!r} is not known. Choose one of {', '.join(known)}.")
+    return next(t for t in TARGETS if (t.framework, t.architecture) == (framework, asked))

@@ -1,0 +1,144 @@
+"""Shards of a plan, written one after the other from parts that several threads make ahead.
+
+The threads cut, cast and turn; this one hashes and writes, so that a file grows from its beginning to its end and its
+bytes do not depend on the number of threads.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import CheckpointError, report
+from ..files import sync
+from ..shards import DTYPES, Entry, Shard, write_shard
+from .journal import Finished, Journal
+from .moving import Counts, move, parts
+from .pipeline import Buffers, in_order
+from .plan import NAMES, Plan
+from .progress import Progress, counted
+from .sources import ALL, Source
+
+UNPACKED = 4  # bytes of a value while it is unpacked; such parts are cut by this size so that they stay small
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one thread makes at a time: rows of a tensor of the output. last: nothing of the tensor follows."""
+
+    entry: Entry
+    rows: slice
+    last: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows.stop - self.rows.start, *self.entry.shape[1:])
+
+
+@dataclass
+class Made:
+    """The bytes of a part, in a buffer to be given back, and what was found in its values."""
+
+    part: Part
+    buffer: np.ndarray
+    nbytes: int
+    counts: Counts
+
+
+def write_weights(source: Source, plan: Plan, journal: Journal, *, workers: int, fsync: bool) -> list[str]:
+    """Write the shards that are not finished; name every tensor that holds NaN or infinite values.
+
+    Raises CheckpointError naming every tensor with finite values that its dtype cannot hold.
+    """
+    waiting = [shard for shard in plan.shards if shard.file not in journal.finished]
+    buffers = Buffers(workers)
+    tasks = (part for shard in waiting for part in _parts(source, plan, shard, buffers.nbytes))
+    tensors = sum(len(shard.entries) for shard in waiting)
+    progress = Progress("write", total=sum(shard.nbytes for shard in waiting), tensors=tensors)
+    try:
+        with closing(in_order(lambda part: _make(source, plan, part, buffers), tasks, workers=workers)) as made:
+            for shard in waiting:
+                _write(shard, plan, made, buffers, progress, journal, fsync=fsync)
+    finally:
+        progress.close()
+    return _findings(plan, journal)
+
+
+def _parts(source: Source, plan: Plan, shard: Shard, most: int) -> Iterator[Part]:
+    for entry in shard.entries:
+        packed = source.tensors[plan.moves[entry.name].hf].packed
+        itemsize = DTYPES[entry.dtype].itemsize
+        cut = list(parts(entry.shape, max(itemsize, UNPACKED) if packed else itemsize, most))
+        yield from (Part(entry, rows, rows is cut[-1]) for rows in cut)
+
+
+def _make(source: Source, plan: Plan, part: Part, buffers: Buffers) -> Made:
+    weight, dtype = plan.moves[part.entry.name], DTYPES[part.entry.dtype]
+    nbytes = int(np.prod(part.shape)) * dtype.itemsize
+    buffer = buffers.take(nbytes)
+    region = buffer[:nbytes].view(dtype).reshape(part.shape)
+    if plan.target.turns(weight):
+        tensor = source.read(weight.hf, ALL, part.rows).T
+    else:
+        tensor = source.read(weight.hf, part.rows)
+    return Made(part, buffer, nbytes, move(tensor, region))
+
+
+def _write(
+    shard: Shard,
+    plan: Plan,
+    made: Iterator[Made],
+    buffers: Buffers,
+    progress: Progress,
+    journal: Journal,
+    *,
+    fsync: bool,
+) -> None:
+    """One shard under a temporary name, then under its own and in the journal."""
+    found: dict[str, Counts] = {}
+
+    def pieces() -> Iterator[np.ndarray]:
+        left = shard.nbytes
+        while left:
+            one = next(made)
+            yield one.buffer[: one.nbytes]
+            buffers.give_back(one.buffer)
+            left -= one.nbytes
+            found.setdefault(plan.moves[one.part.entry.name].hf, Counts()).add(one.counts)
+            progress.advance(one.nbytes, int(one.part.last))
+
+    partial = journal.folder / f".{shard.file}.partial"
+    digest = write_shard(partial, shard, pieces(), framework=plan.target.tag, fsync=fsync)
+    os.replace(partial, journal.folder / shard.file)
+    if fsync:
+        sync(journal.folder)
+    nonfinite = {name: counts.nonfinite for name, counts in found.items() if counts.nonfinite}
+    overflowed = {name: counts.overflowed for name, counts in found.items() if counts.overflowed}
+    journal.record(shard.file, Finished(digest, nonfinite, overflowed), fsync=fsync)
+
+
+def _findings(plan: Plan, journal: Journal) -> list[str]:
+    finished = [journal.finished[shard.file] for shard in plan.shards]
+    overflows = {name: n for done in finished for name, n in done.overflowed.items()}
+    if overflows:
+        raise CheckpointError(_overflow_report(plan, overflows))
+    return [
+        f"{name} holds {n} NaN or infinite values; they were kept"
+        for done in finished
+        for name, n in done.nonfinite.items()
+    ]
+
+
+def _overflow_report(plan: Plan, overflows: dict[str, int]) -> str:
+    tags = {plan.moves[entry.name].hf: entry.dtype for shard in plan.shards for entry in shard.entries}
+    lines = [
+        f"overflow    {name}: {counted(n, 'value')} too large for {NAMES[tags[name]]}" for name, n in overflows.items()
+    ]
+    advice = {
+        "F16": "Use --dtype bfloat16, which has the range of float32.",
+        "BF16": "Use --dtype float32.",
+    }.get(tags[next(iter(overflows))], "No dtype of a Paddle model can hold them; look at the source.")
+    headline = f"{plan.source} holds values that would become infinite:"
+    return report(headline, lines, f"Nothing was kept. {advice}")
