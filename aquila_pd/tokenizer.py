@@ -29,11 +29,15 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from .errors import TokenizerError
 from .files import write_text
 from .tokenizer_files import (
+    CHAT_TEMPLATE_JSON,
     build_bpe,
+    build_sentencepiece,
     content_of,
     from_gguf,
+    is_byte_level,
     load_backend,
     named_in,
+    read_chat_template_json,
     read_config,
     require_tokenizer,
     special_names,
@@ -54,9 +58,10 @@ PLAIN_OPTIONS = frozenset(
 
 
 class AquilaTokenizer(PretrainedTokenizer):
-    """Byte-level BPE of the Aquila family, and of any folder or GGUF file whose tokenizer is one.
+    """Byte-level BPE of the Aquila family, of any folder or GGUF file whose tokenizer is one, and SentencePiece models.
 
-    vocab_file, merges_file, tokenizer_file: the files of one folder; tokenizer_file (tokenizer.json) goes first.
+    vocab_file, merges_file, tokenizer_file, sentencepiece_file: the files of one folder; tokenizer_file
+        (tokenizer.json) goes first, sentencepiece_file (tokenizer.model) last.
     tokenizer_object: a ready `tokenizers.Tokenizer` in place of files.
     pre_tokenizer: the splitting pattern by name, for a vocab.json whose folder does not say it.
     surrogates: what to do with text that holds lone surrogates (half of a UTF-16 pair, not encodable): "error"
@@ -71,6 +76,7 @@ class AquilaTokenizer(PretrainedTokenizer):
         "vocab_file": "vocab.json",
         "merges_file": "merges.txt",
         "tokenizer_file": "tokenizer.json",
+        "sentencepiece_file": "tokenizer.model",
     }
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
@@ -81,6 +87,7 @@ class AquilaTokenizer(PretrainedTokenizer):
         merges_file: str | None = None,
         *,
         tokenizer_file: str | None = None,
+        sentencepiece_file: str | None = None,
         tokenizer_object: Tokenizer | None = None,
         pre_tokenizer: str | None = None,
         surrogates: str = "error",
@@ -89,14 +96,15 @@ class AquilaTokenizer(PretrainedTokenizer):
         if surrogates not in ("error", "replace"):
             raise TokenizerError(f"surrogates={surrogates!r} is not known; use 'error' or 'replace'.")
         self.surrogates = surrogates
+        self.sentencepiece_file = sentencepiece_file
         self.init_kwargs.pop("tokenizer_object", None)
         self.clean_up_tokenization_spaces = False
         config = dict(kwargs)
         if tokenizer_object is None:
-            known = tokenizer_file or vocab_file
+            known = tokenizer_file or vocab_file or sentencepiece_file
             config = {**(read_config(Path(known).parent) if known else {}), **kwargs}
             config["pre_tokenizer"] = pre_tokenizer or config.get("pre_tokenizer")
-            tokenizer_object = open_backend(vocab_file, merges_file, tokenizer_file, config)
+            tokenizer_object = open_backend(vocab_file, merges_file, tokenizer_file, sentencepiece_file, config=config)
         self.backend = tokenizer_object
         for key, token in special_names(config, self.backend).items():
             if getattr(self, f"_{key}") is None:
@@ -116,8 +124,9 @@ class AquilaTokenizer(PretrainedTokenizer):
         self.added_tokens_decoder = dict(sorted(self.backend.get_added_tokens_decoder().items()))
         self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
         # A byte-level decoder takes letters such as é in an added token for bytes; these are decoded one by one.
-        decoded = {i: self.backend.decode([i], skip_special_tokens=False) for i in self.added_tokens_decoder}
-        self._decode_alone = {i for i, token in self.added_tokens_decoder.items() if decoded[i] != token.content}
+        letters = self.added_tokens_decoder if is_byte_level(self.backend) else ()
+        decoded = {i: self.backend.decode([i], skip_special_tokens=False) for i in letters}
+        self._decode_alone = {i for i, text in decoded.items() if text != self.added_tokens_decoder[i].content}
 
     def _ids_around_a_text(self) -> tuple[list[int], list[int]]:
         """What the backend puts before and after a text (nothing for Aquila), found by encoding one."""
@@ -164,6 +173,8 @@ class AquilaTokenizer(PretrainedTokenizer):
         Of a list of named templates, as Hugging Face writes it, the one called "default" is used and all are kept.
         """
         is_file = isinstance(chat_template, str) and Path(chat_template[:200]).exists()
+        if is_file and Path(chat_template).name == CHAT_TEMPLATE_JSON:
+            chat_template, is_file = read_chat_template_json(Path(chat_template)), False
         if isinstance(chat_template, str | list) and not is_file:
             self.init_kwargs["chat_template"] = chat_template
         if isinstance(chat_template, list):
@@ -184,7 +195,8 @@ class AquilaTokenizer(PretrainedTokenizer):
         config.update({key: value for key, value in self.special_tokens_map.items() if isinstance(value, str)})
         config["surrogates"] = self.surrogates
         folder, prefix = Path(save_directory), f"{filename_prefix}-" if filename_prefix else ""
-        names = write_files(self.backend, config, output=folder, prefix=prefix)
+        model = Path(self.sentencepiece_file) if self.sentencepiece_file else None
+        names = write_files(self.backend, config, output=folder, prefix=prefix, sentencepiece=model)
         if isinstance(self.chat_template, ChatTemplate):
             template = json.dumps(asdict(self.chat_template), ensure_ascii=False)
             write_text(folder / "chat_template.json", template)
@@ -451,16 +463,25 @@ class AquilaTokenizer(PretrainedTokenizer):
         return pieces
 
 
-def open_backend(vocab_file: str | None, merges_file: str | None, tokenizer_file: str | None, config: dict):
+def open_backend(
+    vocab_file: str | None,
+    merges_file: str | None,
+    tokenizer_file: str | None,
+    sentencepiece_file: str | None,
+    *,
+    config: dict,
+) -> Tokenizer:
     """The backend behind the files PaddleNLP found."""
     if tokenizer_file:
         return load_backend(Path(tokenizer_file).parent)
-    if not vocab_file or not merges_file:
-        raise TokenizerError(
-            f"AquilaTokenizer was given vocab_file={vocab_file!r} and merges_file={merges_file!r}.\n"
-            "It needs both of them, or tokenizer_file, or tokenizer_object."
-        )
-    return build_bpe(Path(vocab_file), Path(merges_file), config=config)
+    if vocab_file and merges_file:
+        return build_bpe(Path(vocab_file), Path(merges_file), config=config)
+    if sentencepiece_file:
+        return build_sentencepiece(Path(sentencepiece_file), config=config)
+    raise TokenizerError(
+        f"AquilaTokenizer was given vocab_file={vocab_file!r} and merges_file={merges_file!r}.\n"
+        "It needs both of them, or tokenizer_file, or sentencepiece_file, or tokenizer_object."
+    )
 
 
 def padded_width(rows: list[list[int]], max_length: int | None, options: dict) -> int | None:

@@ -90,7 +90,7 @@ PINS = (
     Pin("safetensors", ">=0.8", "0.8.0", "reads and writes checkpoints"),
     Pin("ml_dtypes", ">=0.5.4", "0.5.4", "bfloat16 for numpy"),
     Pin("tqdm", ">=4.67", "4.70.1", "progress bars"),
-    Pin("torch", "==2.13.0", "2.13.0", "reads .bin checkpoints and gives the logits to compare with", extra="verify"),
+    Pin("torch", "==2.13.0", "2.13.0", "gives the logits to compare with; reads .bin of before 1.6", extra="verify"),
     Pin(
         "transformers",
         "==4.55.4",
@@ -102,6 +102,8 @@ PINS = (
     Pin("gguf", ">=0.19,<0.20", "0.19.0", "reads GGUF checkpoints", extra="gguf"),
     Pin("pytest", "==9.2.0", "9.2.0", "runs the tests", extra="test"),
     Pin("pytest-timeout", ">=2.4", "2.4.0", "ends a test that hangs", extra="test"),
+    Pin("hypothesis", ">=6.1", "", "makes damaged files for the tests", extra="test"),
+    Pin("bitsandbytes", "==0.50.2", "0.50.2", "writes genuine NF4 checkpoints for the tests", extra="test"),
     Pin("ruff", "==0.17.6", "0.17.6", "lint and format; the layout depends on its version", extra="dev"),
     Pin(
         "paddleformers",

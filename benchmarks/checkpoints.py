@@ -12,7 +12,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aquila_pd.shards import save_tensors
+from aquila_pd.files import write_json
+from aquila_pd.shards import INDEX, TAGS, Entry, bits, index_of, parse_size, plan_shards, write_shard
 from aquila_pd.weight_map import Dims, weights
 
 SHAPES = {
@@ -38,12 +39,13 @@ def write_folder(folder: Path, shape: str, *, dtype: str = "bfloat16", model_typ
     def values(shape: tuple[int, ...]) -> np.ndarray:
         return np.resize(block, int(np.prod(shape))).reshape(shape)
 
-    save_tensors(folder, ((w.hf, values(w.hf_shape)) for w in weights(dims)), max_shard_size="2GB")
-    for file in folder.glob("*.safetensors"):
-        with open(file, "r+b") as stream:  # of the same length: torch's libraries read "pt" only
-            header = stream.read(1 << 20)
-            stream.seek(header.index(b'"np"'))
-            stream.write(b'"pt"')
+    entries = [Entry(w.hf, TAGS[np.dtype(kind)], w.hf_shape) for w in weights(dims)]
+    shards = plan_shards(entries, parse_size("2GB"))
+    for shard in shards:
+        tensors = (bits(values(entry.shape)) for entry in shard.entries)
+        write_shard(folder / shard.file, shard, tensors, framework="pt")
+    if len(shards) > 1:
+        write_json(folder / INDEX, index_of(shards))
     config = {
         "architectures": ["LlamaForCausalLM" if model_type == "llama" else "AquilaForCausalLM"],
         "model_type": model_type,

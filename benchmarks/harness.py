@@ -10,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,11 +19,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Run:
-    """One command, once. Seconds of wall clock and of processor time, peak resident memory in MB."""
+    """One command, once. Seconds of wall clock and of processor time; peak resident memory in MB, and how much of the
+    resident memory was anonymous (not mapped from files) at most."""
 
     wall: float
     cpu: float
     peak_mb: float
+    anonymous_mb: float
 
 
 def run(command: list[str], environment: dict[str, str] | None = None) -> Run:
@@ -31,18 +34,43 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> Run:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(environment or {})}
     )
+    anonymous: list[int] = [0]
+    watcher = threading.Thread(target=_watch, args=(process.pid, anonymous), daemon=True)
+    watcher.start()
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = status
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{output}")
-    return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return Run(
+        time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, max(anonymous) / 1024
+    )
 
 
-def compare(commands: dict[str, Callable[[], Run]], *, rounds: int, base: str) -> dict[str, list[Run]]:
+def _watch(pid: int, anonymous: list[int]) -> None:
+    """Collect the process's anonymous resident memory in kB until it ends; where the system does not tell, nothing."""
+    while True:
+        found = [line for line in _lines(f"/proc/{pid}/status") if line.startswith("RssAnon")]
+        if not found:
+            return
+        anonymous.append(int(found[0].split()[1]))
+        time.sleep(0.02)
+
+
+def forget(folder: Path) -> None:
+    """Wait for the disk, then let the system drop its copy of a folder's files: they are read from the disk again."""
+    os.sync()
+    for path in folder.iterdir() if hasattr(os, "posix_fadvise") else []:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare(
+    commands: dict[str, Callable[[], Run]], *, rounds: int, base: str, warm_up: bool = True
+) -> dict[str, list[Run]]:
     """Every command once per round, in turn; prints the table and returns the runs. The first round warms up."""
     runs: dict[str, list[Run]] = {name: [] for name in commands}
-    for turn in range(rounds + 1):
+    for turn in range(0 if warm_up else 1, rounds + 1):
         for name, command in commands.items():
             measured = command()
             if turn:
@@ -53,13 +81,15 @@ def compare(commands: dict[str, Callable[[], Run]], *, rounds: int, base: str) -
 
 
 def print_table(runs: dict[str, list[Run]], base: str) -> None:
-    print(f"\n| | wall, ratio to {base} (min to max) | cpu, ratio | peak memory, MB |\n|---|---|---|---|")
+    columns = ["", f"wall, ratio to {base} (min to max)", "cpu, ratio", "peak memory, MB", "of it anonymous"]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, measured in runs.items():
         wall = [a.wall / b.wall for a, b in zip(measured, runs[base], strict=True)]
         cpu = [a.cpu / max(b.cpu, 1e-3) for a, b in zip(measured, runs[base], strict=True)]
         spread = f"{statistics.median(wall):.2f} ({min(wall):.2f} to {max(wall):.2f})"
         peak = statistics.median(r.peak_mb for r in measured)
-        print(f"| {name} | {spread} | {statistics.median(cpu):.2f} | {peak:.0f} |")
+        anonymous = statistics.median(r.anonymous_mb for r in measured)
+        print(f"| {name} | {spread} | {statistics.median(cpu):.2f} | {peak:.0f} | {anonymous:.0f} |")
 
 
 def random_folder(folder: Path, shape: str, dtype: str = "bfloat16") -> Path:
@@ -78,7 +108,10 @@ def machine() -> str:
 
 
 def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:  # not this system's way, or the process has ended
+        return []
 
 
 def write_json(path: Path | None, runs: dict[str, list[Run]], **facts) -> None:

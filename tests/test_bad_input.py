@@ -241,7 +241,7 @@ def test_unknown_rope_scaling_type(source, refused):
         ({"rms_norm_eps": None, "tie_word_embeddings": 1}, ["rms_norm_eps is None", "tie_word_embeddings is 1"]),
         ({"rope_scaling": {"factor": 0.5}}, ["names no type", "factor is 0.5"]),
         ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2}}, ["type and rope_type differ"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"quantization_config": {"bits": 4}}, ["quant_method = None", "bitsandbytes NF4"]),
     ],
 )
 def test_config_that_means_another_model(source, refused, changes, words):

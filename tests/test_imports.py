@@ -15,10 +15,10 @@ HEAVY = ("paddle", "paddlenlp", "torch", "transformers", "tensorflow")
 # From the ground up. A module, or a folder of modules, may import what stands in its own line or below.
 # The public face (__init__) may import everything, lazily, and is imported by nothing inside.
 FILES = (  # of a checkpoint: importing these never loads Paddle
-    {"errors", "processor", "registration"},
+    {"errors", "processor", "registration", "chat_templates"},
     {"startup"},
     {"versions", "weight_map", "config_checks"},
-    {"families", "files", "gguf_file", "shards", "tokenizer_files"},
+    {"families", "files", "gguf_file", "sentencepiece_files", "shards", "tokenizer_files"},
     {"checkpoint"},
 )
 MODEL = (
@@ -40,8 +40,14 @@ ALLOWED = {
     ("registration", "configuration"): "a hook: runs when PaddleNLP has been loaded, long after its own import",
     ("registration", "modeling"): "the same hook",
     ("registration", "tokenizer"): "the same hook",
-    ("checkpoint.verify.logits", "modeling"): "--verify logits runs the Paddle model; nothing else in checkpoint does",
+    ("checkpoint.verify.logits", "modeling"): "the proof by logits runs the Paddle model",
+    **{
+        ("checkpoint.verify.paddle_side", name): "the proof layer by layer runs the Paddle model's layers"
+        for name in ("configuration", "fusion_ops", "masks", "modeling")
+    },
 }
+# Below the model, and yet each made of a framework: imported inside a function, when a proof runs both.
+OF_A_FRAMEWORK = {"checkpoint.verify.torch_side", "checkpoint.verify.paddle_side"}
 
 
 def modules(package: Path) -> Iterator[tuple[str, Path]]:
@@ -112,7 +118,8 @@ def run(code: str) -> subprocess.CompletedProcess:
 def light_modules() -> list[str]:
     """The public face and every module below the model, sources of checkpoints included."""
     lowest = {name for layer in FILES for name in layer}
-    names = [name for name, _ in modules(ROOT / PACKAGE) if name.split(".")[0] in lowest]
+    found = [name for name, _ in modules(ROOT / PACKAGE) if name.split(".")[0] in lowest]
+    names = [name for name in found if name not in OF_A_FRAMEWORK]
     return [PACKAGE, *(f"{PACKAGE}.{name}" for name in names)]
 
 

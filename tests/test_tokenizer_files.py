@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from aquila_pd import AquilaTokenizer
 from aquila_pd.errors import CheckpointError, TokenizerError
 from aquila_pd.gguf_file import open_gguf
-from aquila_pd.tokenizer_files import AQUILA_SPECIALS, from_gguf, load_backend, write_tokenizer
+from aquila_pd.tokenizer_files import AQUILA_SPECIALS, from_gguf, load_backend, write_tokenizer, write_torch_tokenizer
 from conftest import SHARED, TESTS
 
 FILES = SHARED / "tokenizer"
@@ -139,6 +139,30 @@ def test_chat_templates_are_kept_word_for_word(tiny, tmp_path, template):
 def test_a_template_file_beside_the_config_is_read(tiny):
     (tiny / "chat_template.jinja").write_text("{{ messages[0]['content'] }}?")
     assert AquilaTokenizer.from_pretrained(str(tiny)).apply_chat_template("hm", tokenize=False) == "hm?"
+
+
+@pytest.mark.parametrize(
+    "held", [{"chat_template": "{{ 1 }}"}, {"conversation": ["{{user}}", "{{bot}}"], "query": "Q"}]
+)
+def test_a_template_in_chat_template_json_is_kept(tiny, tmp_path, held):
+    set_json(tiny / "chat_template.json", **held)
+    write_tokenizer(tiny, tmp_path / "out", chat_template="{{ unused }}")
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"]
+    assert written == held.get("chat_template", held)
+    rendered = [
+        AquilaTokenizer.from_pretrained(str(folder)).apply_chat_template("hm", tokenize=False)
+        for folder in (tiny, tmp_path / "out")
+    ]
+    assert rendered == ["1" if "chat_template" in held else "Q"] * 2
+
+
+def test_a_recorded_template_is_written_where_the_source_has_none(tiny, tmp_path):
+    write_tokenizer(tiny, tmp_path / "new", chat_template="{{ 'recorded' }}")
+    set_json(tiny / "tokenizer_config.json", chat_template="{{ 'its own' }}")
+    write_tokenizer(tiny, tmp_path / "kept", chat_template="{{ 'recorded' }}")
+    for folder, said in {"new": "recorded", "kept": "its own"}.items():
+        tokenizer = AquilaTokenizer.from_pretrained(str(tmp_path / folder))
+        assert tokenizer.apply_chat_template("hm", tokenize=False) == said
 
 
 # -------------------------------------------------------------------------------------------- other vocabularies
@@ -279,6 +303,82 @@ def test_a_gguf_file_that_cannot_be_read_is_an_error(tiny, tmp_path, options, ex
         from_gguf(write_gguf(tmp_path / "bad.gguf", tiny, **options))
 
 
+# ------------------------------------------------------------------------------------------------ the way to torch
+
+
+def torch_tokenizer(paddle: Path, folder: Path):
+    """transformers' tokenizer of what is written for it, and its tokenizer_config.json."""
+    from transformers import AutoTokenizer
+
+    names = write_torch_tokenizer(paddle, folder)
+    assert sorted(names) == sorted(path.name for path in folder.iterdir())
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return AutoTokenizer.from_pretrained(str(folder)), config
+
+
+def test_transformers_gives_the_golden_ids_after_the_way_back(golden, tmp_path):
+    write_tokenizer(FILES, tmp_path / "paddle", chat_template="{{ messages[0]['content'] }}!")
+    theirs, config = torch_tokenizer(tmp_path / "paddle", tmp_path / "torch")
+    assert config["tokenizer_class"] == "GPT2TokenizerFast" == type(theirs).__name__
+    assert config["clean_up_tokenization_spaces"] is False
+    ids = theirs([row["text"] for row in golden])["input_ids"]
+    assert ids == [row["ids"] for row in golden]
+    assert theirs.batch_decode(ids) == [row["text"] for row in golden]
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (100006, 100007, 0, 100008)
+    assert theirs.apply_chat_template([{"role": "user", "content": "hm"}], tokenize=False) == "hm!"
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "torch" / name).read_bytes() == (tmp_path / "paddle" / name).read_bytes()
+    write_tokenizer(tmp_path / "torch", tmp_path / "again")  # and what is written can be converted once more
+    again = AquilaTokenizer.from_pretrained(str(tmp_path / "again"))
+    assert again([row["text"] for row in golden])["input_ids"] == [row["ids"] for row in golden]
+
+
+NAMED = {"bos_token": "a", "eos_token": "b", "unk_token": "!"}
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        (NAMED, "GPT2TokenizerFast"),
+        ({**NAMED, "add_prefix_space": True}, "GPT2TokenizerFast"),
+        ({**NAMED, "add_bos_token": True}, "PreTrainedTokenizerFast"),
+        ({**NAMED, "tokenizer_class": "Qwen2Tokenizer"}, "PreTrainedTokenizerFast"),
+        ({"eos_token": "b"}, "PreTrainedTokenizerFast"),
+        ({"eos_token": "b", "add_prefix_space": True}, "PreTrainedTokenizerFast"),
+    ],
+)
+def test_the_class_named_for_transformers_encodes_the_same(tiny, tmp_path, said, name):
+    set_json(tiny / "tokenizer_config.json", **said)
+    write_tokenizer(tiny, tmp_path / "paddle")
+    theirs, config = torch_tokenizer(tmp_path / "paddle", tmp_path / "torch")
+    ours = AquilaTokenizer.from_pretrained(str(tmp_path / "paddle"))
+    assert config["tokenizer_class"] == name == type(theirs).__name__
+    texts = ["the cat", " 1234 北京", "x[CLS]</s>\n", ""]
+    assert dict(theirs(texts)) == dict(ours(texts))  # no token_type_ids either
+    assert theirs.get_vocab() == ours.get_vocab()
+
+
+def test_control_the_wrong_class_for_transformers_would_be_noticed(tiny, tmp_path):
+    from transformers import AutoTokenizer
+
+    set_json(tiny / "tokenizer_config.json", eos_token="b")
+    write_tokenizer(tiny, tmp_path / "paddle")
+    theirs, _ = torch_tokenizer(tmp_path / "paddle", tmp_path / "torch")
+    set_json(tmp_path / "torch" / "tokenizer_config.json", tokenizer_class="GPT2TokenizerFast")
+    wrong = AutoTokenizer.from_pretrained(str(tmp_path / "torch"))
+    assert wrong("<|endoftext|>")["input_ids"] != theirs("<|endoftext|>")["input_ids"]  # it invents that token
+
+
+def test_a_template_in_paddlenlps_form_is_left_out_for_transformers(tiny, tmp_path, caplog):
+    set_json(tiny / "tokenizer_config.json", chat_template={"conversation": ["{{user}}"], "query": "Q"})
+    _, config = torch_tokenizer(tiny, tmp_path / "torch")
+    assert "chat_template" not in config and "no Jinja text" in caplog.text
+
+
+def test_a_folder_without_tokenizer_files_has_no_way_back(tmp_path):
+    assert write_torch_tokenizer(tmp_path, tmp_path / "out") == []
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
@@ -320,17 +420,6 @@ def test_a_folder_without_tokenizer_files_gets_none(tmp_path):
     assert write_tokenizer(tmp_path / "in", tmp_path / "out") == []
     with pytest.raises(TokenizerError, match="no tokenizer that can be loaded"):
         AquilaTokenizer.from_pretrained(str(tmp_path / "in"))
-
-
-def test_a_sentencepiece_model_is_carried_along_and_not_loaded(tmp_path):
-    source = tmp_path / "ziya"
-    source.mkdir()
-    (source / "tokenizer.model").write_bytes(b"pieces")
-    set_json(source / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
-    assert write_tokenizer(source, tmp_path / "out") == ["tokenizer.model", "tokenizer_config.json"]
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
-    with pytest.raises(TokenizerError, match="SentencePiece"):
-        AquilaTokenizer.from_pretrained(str(source))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .. import families, shards
+from ..chat_templates import TEMPLATES
 from ..errors import ConfigError, OutputError
 from ..files import sync
 from ..shards import INDEX, index_of, write_json
@@ -20,43 +20,14 @@ from .layout import CONFIG
 from .manifest import read_manifest, write_manifest
 from .output import OF_THE_RUN, Stage, check_output, restore_replaced, staging
 from .pipeline import count_workers
-from .plan import Plan, describe, describe_shards, make_plan, megabytes
-from .progress import counted
-from .reporting import check_report, write_report
+from .plan import Plan, describe, describe_shards, make_plan
+from .reporting import Summary, check_report, write_report
 from .sources import Source, open_source
-from .targets import PADDLE, TORCH, Target, find_target
-from .verify import Verified, check_logits_possible, verify_content, verify_logits
+from .targets import PADDLE, PADDLENLP_LLAMA, TORCH, Target, find_target
+from .verify import check_logits_possible, verify_content, verify_logits
 from .writing import write_weights
 
 VERIFICATIONS = ("none", "content", "logits")
-
-
-@dataclass
-class Summary:
-    """What a conversion did. seconds: of writing; resumed: shards an earlier run had finished; files: name in the
-    output folder -> its size and hash; nonfinite: weights with NaN or infinite values were found and named; verified:
-    each check's result."""
-
-    plan: Plan
-    output: Path
-    workers: int
-    files: dict[str, dict] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    resumed: int = 0
-    seconds: float = 0.0
-    nonfinite: bool = False
-    verified: list[Verified] = field(default_factory=list)
-
-    @property
-    def last_line(self) -> str:
-        plan = self.plan
-        written = sum(shard.nbytes for shard in plan.shards[self.resumed :])
-        checks = "; ".join(check.sentence for check in self.verified) or "not verified"
-        resumed = f", {counted(self.resumed, 'shard')} of it by an earlier run" if self.resumed else ""
-        return (
-            f"Converted {counted(len(plan.moves), 'tensor')}, {megabytes(plan.nbytes)}{resumed}, in {self.seconds:.1f} "
-            f"s ({written / max(self.seconds, 1e-6) / 1e6:,.0f} MB/s) to {self.output}; {checks}."
-        )
 
 
 def convert(
@@ -100,15 +71,13 @@ def convert(
         summary = Summary(plan, output, workers, warnings=warnings)
         say(describe(plan, output))
         _say_warnings(warnings, say)
-        for line in [] if dry_run else restore_replaced(output):
+        for line in _details(plan, workers) if dry_run else restore_replaced(output):
             say(line)
         check_output(output, opened.path, overwrite=overwrite, nbytes=plan.nbytes)
         check_report(report_file, opened.path, output)
         if verify == "logits":
             check_logits_possible(opened)
         if dry_run:
-            say(describe_shards(plan))
-            say(estimate(plan, workers=workers))
             say("Dry run: nothing was written" + (", the report neither." if report_file else "."))
             return summary
         with staging(output, overwrite=overwrite, say=say) as stage:
@@ -125,6 +94,10 @@ def convert(
     return summary
 
 
+def _details(plan: Plan, workers: int) -> list[str]:
+    return [describe_shards(plan), estimate(plan, workers=workers)]
+
+
 def _check_verification(verify: str, target: Target) -> None:
     if verify not in VERIFICATIONS:
         raise ConfigError(f"The verification {verify!r} is not known. Choose one of {', '.join(VERIFICATIONS)}.")
@@ -139,9 +112,21 @@ def _say_warnings(warnings: list[str], say: Callable[[str], None]) -> None:
 
 def _prepare_tokenizer(source: Source, target: Target, folder: Path) -> list[str]:
     """Make the tokenizer's files before any weight is written: one that cannot be read or used stops the plan."""
-    from ..tokenizer_files import TOKENIZER_JSON, write_tokenizer, write_torch_tokenizer  # imports tokenizers
+    from ..tokenizer_files import (  # imports tokenizers
+        SENTENCEPIECE,
+        TOKENIZER_JSON,
+        name_as_paddlenlp,
+        write_tokenizer,
+        write_torch_tokenizer,
+    )
 
-    written = (write_torch_tokenizer if target.framework == TORCH else write_tokenizer)(source.path, folder)
+    if target.framework == TORCH:
+        written = write_torch_tokenizer(source.path, folder)
+    else:
+        template = TEMPLATES.get(source.family.chat_template(source.fields) or "")
+        written = write_tokenizer(source.path, folder, chat_template=template)
+        if target.architecture == PADDLENLP_LLAMA and SENTENCEPIECE in written:
+            name_as_paddlenlp(folder)
     if TOKENIZER_JSON in written:
         check_vocabulary(folder, source.fields["vocab_size"])
     return [] if written else [f"{source.path} holds no tokenizer files; the output has none either"]

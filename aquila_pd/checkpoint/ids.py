@@ -15,7 +15,7 @@ def tokenizer_ids(source: Path) -> dict[str, int]:
     A GGUF file needs no second opinion: its ids are the tokenizer's own metadata. Raises TokenizerError.
     """
     names = {path.name for path in source.iterdir()} if source.is_dir() else set()
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+    if not {"tokenizer.json", "tokenizer.model"} & names and not {"vocab.json", "merges.txt"} <= names:
         return {}
     from .. import tokenizer_files  # imports the tokenizers library
 
@@ -52,7 +52,7 @@ def reconcile(fields: dict, ids: dict[str, int], *, said_by: str = CONFIG) -> tu
             if ours is not None:
                 warnings.append(f"{field}: {said_by} says {ours}, the tokenizer {theirs}; the tokenizer's is written")
             fields = {**fields, field: theirs}
-        elif isinstance(ours, int) and not 0 <= ours < vocab:
+        elif ours is not None and not all(0 <= token < vocab for token in (ours if isinstance(ours, list) else [ours])):
             warnings.append(f"{field}: {said_by} says {ours}, which is no row of the embedding; null is written")
             fields = {**fields, field: None}
     return fields, warnings

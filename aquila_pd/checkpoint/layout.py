@@ -1,5 +1,6 @@
 """What kind of checkpoint lies at a path. Looks at names only; the sources read what is inside."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,23 +31,26 @@ def find_layout(path: Path, *, may_be_planned: bool = False) -> Layout:
     if path.is_file():
         return _gguf_file(path)
     if not path.is_dir():
-        raise CheckpointError(
-            f"There is no checkpoint at {path}: no such file or folder. Give a folder or a GGUF file."
-        )
-    safetensors = (path / shards.SINGLE).exists() or (path / shards.INDEX).exists() or _any(path, shards.SHARDS)
-    torch_bin = (path / BIN).exists() or (path / BIN_INDEX).exists() or _any(path, BIN_SHARDS)
+        raise CheckpointError(f"There is no checkpoint at {path}: {_what(path)}. Give a folder or a GGUF file.")
+    safetensors = _has(path, shards.SHARDS, shards.SINGLE, shards.INDEX)
+    torch_bin = _has(path, BIN_SHARDS, BIN, BIN_INDEX)
     if safetensors:
         notes = ("both .safetensors and .bin files are there; the .safetensors ones are read",) if torch_bin else ()
         return Layout("safetensors", path, notes)
     if torch_bin:
         return Layout("torch_bin", path)
-    if may_be_planned and (path / CONFIG).is_file() and not _any(path, "*.gguf"):
+    if may_be_planned and (path / CONFIG).is_file() and not _has(path, "*.gguf"):
         return Layout("planned", path)
     return _gguf_folder(path)
 
 
-def _any(folder: Path, pattern: str) -> bool:
-    return next(folder.glob(pattern), None) is not None
+def _what(path: Path) -> str:
+    return f"it {files.why_not_a_file(path)}" if os.path.lexists(path) else "no such file or folder"
+
+
+def _has(folder: Path, pattern: str, *names: str) -> bool:
+    """Whether there is anything of these names; a link that leads nowhere counts, so that it is noticed."""
+    return any(os.path.lexists(folder / name) for name in names) or next(folder.glob(pattern), None) is not None
 
 
 def _gguf_file(path: Path) -> Layout:
@@ -64,7 +68,7 @@ def _gguf_folder(folder: Path) -> Layout:
     if len(found) == 1:
         return _gguf_file(found[0])
     if found:
-        names = ", ".join(file.name for file in found)
+        names = ", ".join(files.shown(file.name) for file in found)
         raise CheckpointError(f"{folder} holds {len(found)} GGUF files: {names}. Give the one to convert by its path.")
     wanted = f"{shards.SINGLE}, {shards.INDEX}, {BIN}, {BIN_INDEX}, *.gguf"
     raise CheckpointError(f"{folder} holds no checkpoint: none of {wanted} is there. Is it the folder you meant?")

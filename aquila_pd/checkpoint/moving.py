@@ -1,6 +1,7 @@
 """Parts of tensors from their source to where they are written: cut, cast, turned, counted. Nothing is held whole."""
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -107,11 +108,22 @@ def _transpose(block: np.ndarray, target: np.ndarray) -> None:
     for begin in range(0, columns, COLUMNS):
         some = slice(begin, begin + COLUMNS)
         grouped = block[:, some].reshape(rows // group, group, -1)
-        beside = np.empty((rows // group, grouped.shape[2], group), block.dtype)
+        beside = _scratch(block.size // columns * grouped.shape[2] * block.itemsize).view(block.dtype)
+        beside = beside.reshape(rows // group, grouped.shape[2], group)
         for row in range(group):
             beside[:, :, row] = grouped[:, row]
         pieces[some] = beside.view(np.complex128)[:, :, 0].T
     return None
+
+
+_threads = threading.local()
+
+
+def _scratch(nbytes: int) -> np.ndarray:
+    """Memory of this thread that is used again each time: fresh pages cost half as much as the work on them."""
+    if getattr(_threads, "scratch", None) is None or _threads.scratch.nbytes < nbytes:
+        _threads.scratch = np.empty(nbytes, np.uint8)
+    return _threads.scratch[:nbytes]
 
 
 def _aligned(array: np.ndarray) -> bool:

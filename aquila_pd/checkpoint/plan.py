@@ -1,6 +1,7 @@
 """Everything a conversion will do, and everything that stands in its way, before a byte is written."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from .targets import TORCH, Target
 
 TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 NAMES = {tag: name for name, tag in TAGS.items()}
+DTYPE_NAMES = {**NAMES, "F64": "float64"}
 AS_STORED = {**{tag: tag for tag in NAMES}, "F64": "F32"}  # Paddle models have no double precision
 TIED_REASON = "the config ties the head to the embedding, and the two are equal"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """dtype: most of the output has it; moves: name in the output -> its weight; dropped: (Hugging Face name, reason).
+    """fields: the family's reading of config.json, ids reconciled; dtype: most of the output has it; moves: name in the
+    output -> its weight; dropped: (Hugging Face name, reason).
 
     config, generation: contents of the new config.json and generation_config.json.
     """
@@ -33,6 +36,7 @@ class Plan:
     kind: str
     family: str
     target: Target
+    fields: dict
     dtype: str
     config: dict
     generation: dict
@@ -101,13 +105,14 @@ def make_plan(source: Source, target: Target, *, dtype: str | None, max_shard_si
         kind=source.layout.kind,
         family=source.family.name,
         target=target,
+        fields=fields,
         dtype=written,
         config=target.config(fields, written),
         generation=generation,
         shards=tuple(shards.plan_shards(entries, limit)),
         moves={target.name(weight): weight for weight in wanted},
         dropped=tuple(dropped),
-        notes=tuple(source.notes),
+        notes=(*source.notes, *_about_chat_template(source)),
         warnings=tuple(warnings),
         bytes_in=source.nbytes,
     )
@@ -127,6 +132,11 @@ def compare(source: Source, wanted: list[Weight], dropped: set[str]) -> list[str
             findings.append(f"dtype       {weight.hf}: {stored.dtype}, not a float ({stored.file})")
     extra = [name for name in found if name not in names and name not in dropped]
     return findings + [f"unexpected  {name} {list(found[name].shape)} ({found[name].file})" for name in extra]
+
+
+def _about_chat_template(source: Source) -> list[str]:
+    name = source.family.chat_template(source.fields)
+    return [f"chat template {name} is recorded where the source has none of its own"] if name else []
 
 
 def _check_direction(source: Source, target: Target) -> None:
@@ -187,29 +197,45 @@ def _main_dtype(entries: list[Entry]) -> str:
 
 def describe(plan: Plan, output: Path) -> str:
     """The plan as text for a person, without its warnings."""
-    c = plan.config
-    tensors, target = len(plan.moves), plan.target
-    made = f"{target.architecture} for {'PaddleNLP' if target.framework != TORCH else 'torch'}"
-    files = f"{len(plan.shards)} shards" if len(plan.shards) > 1 else "one file"
-    heads = f"{c['num_attention_heads']}/{c['num_key_value_heads']} heads"
+    source = f"{plan.kind}, {megabytes(plan.bytes_in)}"
     lines = [
         f"Convert {plan.source}",
         f"     to {output}",
-        f"  family    {plan.family}: {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, {heads}, "
-        f"intermediate {c['intermediate_size']}, vocabulary {c['vocab_size']}"
-        + (", tied head" if c["tie_word_embeddings"] else ""),
-        f"  rotary    theta {c['rope_theta']:g}, {c['max_position_embeddings']} positions, " + _scaling(c),
-        f"  source    {plan.kind}, {megabytes(plan.bytes_in)}",
-        f"  output    {made}, {counted(tensors, 'tensor')}, {plan.dtype}, {megabytes(plan.nbytes)} in {files}",
+        f"  family    {plan.family}",
+        *describe_model(plan.fields),
+        f"  source    {source}",
     ]
-    for reason, names in _by_reason(plan.dropped).items():
-        lines.append(f"  dropped   {counted(len(names), 'tensor')}, {names[0]} first: {reason}")
+    lines += [f"  {label:<8}  {text}" for label, text in describe_output(plan)]
     lines += [f"  note      {note}" for note in plan.notes]
     return "\n".join(lines)
 
 
-def _scaling(config: dict) -> str:
-    scaling = config.get("rope_scaling")
+def describe_model(fields: Mapping) -> list[str]:
+    """The architecture in two lines. fields: the family's reading of config.json."""
+    c = fields
+    heads = f"{c['num_attention_heads']}/{c['num_key_value_heads']} heads"
+    return [
+        f"  model     {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, {heads}, "
+        f"intermediate {c['intermediate_size']}, vocabulary {c['vocab_size']}"
+        + (", tied head" if c["tie_word_embeddings"] else ""),
+        f"  rotary    theta {c['rope_theta']:g}, {c['max_position_embeddings']} positions, {_scaling(c)}",
+    ]
+
+
+def describe_output(plan: Plan) -> list[tuple[str, str]]:
+    """What will be written, and what will not, each line with its label."""
+    target = plan.target
+    made = f"{target.architecture} for {'torch' if target.framework == TORCH else 'PaddleNLP'}"
+    files = f"{len(plan.shards)} shards" if len(plan.shards) > 1 else "one file"
+    output = f"{made}, {counted(len(plan.moves), 'tensor')}, {plan.dtype}, {megabytes(plan.nbytes)} in {files}"
+    return [("output", output)] + [
+        ("dropped", f"{counted(len(names), 'tensor')}, {names[0]} first: {reason}")
+        for reason, names in _by_reason(plan.dropped).items()
+    ]
+
+
+def _scaling(fields: Mapping) -> str:
+    scaling = fields["rope_scaling"]
     return f"scaling {scaling['type']} x{scaling['factor']:g}" if scaling else "no scaling"
 
 

@@ -1,21 +1,49 @@
-"""--report: what a conversion did, as JSON for machines and for a bug report."""
+"""What a conversion did: its last line for a person, and --report as JSON for machines and bug reports."""
 
 import json
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import OutputError
 from ..shards import write_json
 from .output import nearest_parent
-
-if TYPE_CHECKING:
-    from .convert import Summary
+from .plan import Plan, megabytes
+from .progress import counted
+from .verify import Verified
 
 VERSIONS_OF = ("aquila_pd", "numpy", "ml_dtypes", "torch", "transformers", "gguf", "paddlepaddle", "paddlenlp")
+
+
+@dataclass
+class Summary:
+    """What a conversion did. seconds: of writing; resumed: shards an earlier run had finished; files: name in the
+    output folder -> its size and hash; nonfinite: weights with NaN or infinite values were found and named; verified:
+    each check's result."""
+
+    plan: Plan
+    output: Path
+    workers: int
+    files: dict[str, dict] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    resumed: int = 0
+    seconds: float = 0.0
+    nonfinite: bool = False
+    verified: list[Verified] = field(default_factory=list)
+
+    @property
+    def last_line(self) -> str:
+        plan = self.plan
+        written = sum(shard.nbytes for shard in plan.shards[self.resumed :])
+        checks = "; ".join(check.sentence for check in self.verified) or "not verified"
+        resumed = f", {counted(self.resumed, 'shard')} of it by an earlier run" if self.resumed else ""
+        return (
+            f"Converted {counted(len(plan.moves), 'tensor')}, {megabytes(plan.nbytes)}{resumed}, in {self.seconds:.1f} "
+            f"s ({written / max(self.seconds, 1e-6) / 1e6:,.0f} MB/s) to {self.output}; {checks}."
+        )
+
 
 # What every report has had since the first: how an earlier one of ours is recognised.
 REPORT_KEYS = {"source", "output", "kind", "family", "tensors", "bytes", "versions"}
@@ -56,7 +84,7 @@ def _is_report(path: Path) -> bool:
     return isinstance(found, dict) and set(found) >= REPORT_KEYS
 
 
-def write_report(path: Path, summary: "Summary") -> None:
+def write_report(path: Path, summary: Summary) -> None:
     try:
         write_json(path, report_of(summary))
     except OSError as error:
@@ -66,7 +94,7 @@ def write_report(path: Path, summary: "Summary") -> None:
         ) from error
 
 
-def report_of(summary: "Summary") -> dict:
+def report_of(summary: Summary) -> dict:
     """The summary as JSON: what, from where, how long, and with which versions."""
     plan = summary.plan
     return {

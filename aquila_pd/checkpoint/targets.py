@@ -12,6 +12,7 @@ from ..families.base import COUNTS, paddle_config
 from ..weight_map import BASE_MODEL_PREFIX, HF_PREFIX, Weight, prefixed
 
 PADDLE, TORCH = "paddle", "torch"
+PADDLENLP_LLAMA = "llama"  # the architecture for PaddleNLP's own classes
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def paddlenlp_llama_config(fields: Mapping, dtype: str) -> dict:
 
 TARGETS = (
     Target(PADDLE, "aquila", BASE_MODEL_PREFIX, paddle_config, bundle=True),
-    Target(PADDLE, "llama", "llama", paddlenlp_llama_config),
+    Target(PADDLE, PADDLENLP_LLAMA, "llama", paddlenlp_llama_config),
     Target(TORCH, "llama", HF_PREFIX.rstrip("."), torch_config("llama", "LlamaForCausalLM")),
     Target(TORCH, "aquila", HF_PREFIX.rstrip("."), torch_config("aquila", "AquilaForCausalLM")),
 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from .. import config_checks
 from ..errors import ConfigError, report
+from ..files import shown, shown_value
 from ..weight_map import Dims
 from .dialect import HUGGING_FACE, Dialect
 
@@ -35,6 +36,7 @@ class Family:
     ignored: keys without influence on the model, and why.
     complete: derives the fields the config.json leaves to arithmetic.
     runs_as_llama: transformers' LLaMA computes this family's source files as they are.
+    chat_template: the name in chat_templates.py of what a model with these fields was tuned with, where certain.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Family:
     complete: Callable[[dict], dict] = dict
     dialect: Dialect = HUGGING_FACE
     runs_as_llama: bool = True
+    chat_template: Callable[[Mapping], str | None] = lambda fields: None
 
     def fields(self, config: Mapping) -> dict:
         """Our fields from a config.json, all set and checked. Raises ConfigError with all findings."""
@@ -53,7 +56,7 @@ class Family:
         if ROPE_PARAMETERS in config and set(_OLD_ROPE) <= set(self.read):
             config, findings = without_rope_parameters(config)
         known = {*self.read, *self.neutral, *self.ignored}
-        findings += [f"unknown key   {key} = {config[key]!r}" for key in sorted(set(config) - known)]
+        findings += [f"unknown key   {shown(key)} = {shown_value(config[key])}" for key in sorted(set(config) - known)]
         fields = dict(self.defaults)
         for key, ours in self.read.items():
             # an explicit null is a value ("no pad token"); where two keys mean one field it does not undo the other
@@ -61,7 +64,9 @@ class Family:
                 fields[ours] = config[key]
         absent = [key for key, ours in self.read.items() if ours not in fields]
         findings += [f"missing key   {key}" for key in dict.fromkeys(absent)]
-        if not absent:
+        damaged = config_checks.too_many({name: fields[name] for name in COUNTS if name in fields})
+        findings += [f"bad value     {line}" for line in damaged]
+        if not absent and not damaged:
             fields = self.complete(fields)
             findings += self._not_neutral(config, fields)
             findings += _bad_values(fields)
@@ -78,7 +83,7 @@ class Family:
             return []
         wanted = {key: neutral(fields) for key, (neutral, _) in self.neutral.items() if key in config}
         return [
-            f"unsupported   {key} = {config[key]!r}: {self.neutral[key][1]}; only {value!r} is known"
+            f"unsupported   {key} = {shown_value(config[key])}: {self.neutral[key][1]}; only {value!r} is known"
             for key, value in wanted.items()
             if config[key] not in (None, value)
         ]
@@ -99,7 +104,7 @@ def without_rope_parameters(config: Mapping) -> tuple[dict, list[str]]:
     if new is None:
         return config, []
     if not isinstance(new, dict):
-        return config, [f"bad value     {ROPE_PARAMETERS} is {new!r}, not a mapping"]
+        return config, [f"bad value     {ROPE_PARAMETERS} is {shown_value(new)}, not a mapping"]
     moved = {key: new[key] for key in _MOVED_UP if new.get(key) is not None}
     scaling = {key: value for key, value in new.items() if key not in _MOVED_UP}
     if scaling:
@@ -107,7 +112,8 @@ def without_rope_parameters(config: Mapping) -> tuple[dict, list[str]]:
         moved["rope_scaling"] = None if unscaled and len(scaling) == 1 else scaling
     differing = [key for key, value in moved.items() if config.get(key) is not None and not _same(config[key], value)]
     findings = [
-        f"bad value     {key} is {config[key]!r}, but {ROPE_PARAMETERS} says {moved[key]!r}" for key in differing
+        f"bad value     {key} is {shown_value(config[key])}, but {ROPE_PARAMETERS} says {shown_value(moved[key])}"
+        for key in differing
     ]
     return {**config, **moved}, findings
 
@@ -182,12 +188,12 @@ def _bad_values(fields: Mapping) -> list[str]:
         **{name: fields[name] for name in ("rms_norm_eps", "rope_theta", "initializer_range")}
     )
     if not isinstance(fields["tie_word_embeddings"], bool):
-        wrong.append(f"tie_word_embeddings is {fields['tie_word_embeddings']!r}, not true or false")
+        wrong.append(f"tie_word_embeddings is {shown_value(fields['tie_word_embeddings'])}, not true or false")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = fields[name]
         ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-        if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids):
-            wrong.append(f"{name} is {value!r}, not a token id")
+        if value is not None and not (ids and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)):
+            wrong.append(f"{name} is {shown_value(value)}, not a token id")
     if fields["dtype"] not in (None, *DTYPES):
-        wrong.append(f"the dtype is {fields['dtype']!r}; known are {', '.join(DTYPES)}")
+        wrong.append(f"the dtype is {shown_value(fields['dtype'])}; known are {', '.join(DTYPES)}")
     return [f"bad value     {line}" for line in wrong]

@@ -59,4 +59,5 @@ FAMILY = Family(
     neutral=NEUTRAL,
     ignored=IGNORED,
     complete=complete,
+    chat_template=llama.chat_template,
 )

@@ -101,11 +101,20 @@ def _open_reader(layout: Layout) -> Reader:
     else:
         from .safetensors import SafetensorsReader as reader
     opened = reader(layout.path)
-    if is_paddle(list(opened.stored)):
-        return PaddleReader(opened)
+    try:
+        return _interpreted(opened, layout.path)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _interpreted(reader: Reader, folder: Path) -> Reader:
+    """The reader of a folder, seen as what its tensors are: a Paddle model's, packed ones, or plain ones."""
+    if is_paddle(list(reader.stored)):
+        return PaddleReader(reader)
     from . import packed
 
-    return packed.unpack(opened, layout.path)
+    return packed.unpack(reader, folder)
 
 
 def _hf_names(to_hf, names: list[str], path: Path) -> dict[str, str]:

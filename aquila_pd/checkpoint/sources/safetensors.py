@@ -23,7 +23,7 @@ class SafetensorsReader:
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
         tensor = shards.view(self._infos[name])  # a map of its own each time, so that it can be released alone
-        return tensor[rows, columns] if tensor.ndim == 2 else tensor[rows]
+        return tensor[(*(rows, columns)[: tensor.ndim], ...)]  # the dots: a scalar stays an array
 
     def close(self) -> None:
         pass  # every map closes with its array

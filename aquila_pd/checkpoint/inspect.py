@@ -1,0 +1,96 @@
+"""`aquila-pd inspect`: what a checkpoint is, and what it would be converted to. Reads headers and config only."""
+
+import argparse
+import math
+from collections import Counter
+
+from ..errors import CheckpointError, report
+from ..families import AUTO, FAMILIES
+from ..shards import DEFAULT_SHARD_SIZE, DTYPES
+from .hub import find_input
+from .manifest import MANIFEST, check_manifest
+from .pipeline import count_workers
+from .plan import DTYPE_NAMES, describe_model, describe_output, make_plan, megabytes
+from .progress import counted
+from .sources import PADDLE, Source, open_source
+from .targets import PADDLE as TO_PADDLE
+from .targets import TORCH as TO_TORCH
+from .targets import find_target
+from .terminal import run
+
+KINDS = {
+    "safetensors": "safetensors",
+    "torch_bin": "torch .bin",
+    "gguf": "GGUF",
+    "planned": "config.json only, no weights",
+}
+FRAMEWORKS = {"torch": "a torch checkpoint", "paddle": "a Paddle checkpoint"}
+
+
+def describe_source(source: Source) -> str:
+    """What an open checkpoint is, for a person."""
+    parameters = sum(math.prod(stored.shape) for stored in source.tensors.values())
+    nbytes: Counter = Counter()
+    counts: Counter = Counter()
+    for stored in source.tensors.values():
+        kind = stored.packed or DTYPE_NAMES.get(stored.dtype, stored.dtype)
+        counts[kind] += 1
+        nbytes[kind] += 0 if stored.packed else math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
+    kinds = [
+        f"{counted(counts[kind], 'tensor')} {kind}" + (f", {megabytes(nbytes[kind])}" if nbytes[kind] else "")
+        for kind in sorted(counts, key=lambda kind: (-nbytes[kind], kind))
+    ]
+    lines = [
+        f"{source.path}",
+        f"  is        {FRAMEWORKS[source.framework]} of family {source.family.name}, {KINDS[source.layout.kind]}",
+        *describe_model(source.fields),
+        f"  tensors   {len(source.tensors):,}, {parameters:,} parameters: {'; '.join(kinds)}",
+    ]
+    lines += [f"  file      {path.name}, {megabytes(path.stat().st_size)}" for path in source.files]
+    lines += [f"  note      {note}" for note in source.notes]
+    return "\n".join(lines)
+
+
+def inspect(text: str, *, family: str = AUTO, check: bool = False) -> None:
+    """Print what the checkpoint at a path (or of a hub id) is; with check, compare it with its manifest.
+
+    Raises an AquilaError for a checkpoint that cannot be read or does not fit its config.
+    """
+    with open_source(find_input(text), family, may_be_planned=True) as source:
+        print(describe_source(source))
+        target = find_target(TO_TORCH if source.framework == PADDLE else TO_PADDLE)
+        plan = make_plan(source, target, dtype=None, max_shard_size=DEFAULT_SHARD_SIZE)
+        for label, line in describe_output(plan):
+            print(f"  {'would be' if label == 'output' else label:<8}  {line}")
+        for warning in plan.warnings:
+            print(f"  warning   {warning}")
+        if check:
+            _check(source)
+        elif (source.path / MANIFEST).is_file():
+            print(f"  manifest  {MANIFEST} is there; --check compares every file with it")
+
+
+def _check(source: Source) -> None:
+    agree, findings = check_manifest(source.path, workers=count_workers(None))
+    if findings:
+        headline = f"{source.path} is not what its manifest says:"
+        raise CheckpointError(report(headline, findings, "Fetch the named files again, or convert again."))
+    print(f"  manifest  {counted(agree, 'file')} have the hashes of {MANIFEST}")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="aquila-pd inspect", description="Say what a checkpoint is and would become.")
+    made.add_argument("checkpoint", help="a folder, a .gguf file, or the id of a model on the Hugging Face hub")
+    made.add_argument(
+        "--family", default=AUTO, choices=[AUTO, *FAMILIES], help="how to read config.json (default: auto, by itself)"
+    )
+    made.add_argument(
+        "--check", action="store_true", help=f"read every file and compare its hash with {MANIFEST} (default: no)"
+    )
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when the checkpoint is a whole model, 1 when it is not, with what is wrong, 2 for wrong arguments."""
+    args = parser().parse_args(argv)
+    return run(lambda: inspect(args.checkpoint, family=args.family, check=args.check))

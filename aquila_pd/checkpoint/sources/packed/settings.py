@@ -1,0 +1,67 @@
+"""Where a checkpoint says how it is packed, and what of that is known."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ....errors import CheckpointError
+from ...layout import CONFIG, read_json
+
+KEY = "quantization_config"
+# beside config.json in older folders, with the method that they do not name
+OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+AWQ_SPELLING = {"w_bit": "bits", "q_group_size": "group_size"}
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Said:
+    """How the weights are packed, in the words of the file it stands in."""
+
+    file: str
+    values: Mapping[str, object]
+
+    @property
+    def method(self) -> object:
+        return self.values.get("quant_method")
+
+    def get(self, key: str, default: object = None) -> object:
+        """The value; a null counts as absent."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def refused(self, known: Mapping[str, tuple]) -> list[str]:
+        """A finding for each of these keys with a value that is not known. Text counts without its case."""
+        return [
+            f"{self.file} says {key} = {value!r}; known: {', '.join(map(repr, values))}"
+            for key, values in known.items()
+            if (value := self.get(key, ABSENT)) is not ABSENT and not _among(value, values)
+        ]
+
+    def unread(self, known: set[str]) -> list[str]:
+        """A note naming the keys that nothing here knows."""
+        keys = sorted(key for key, value in self.values.items() if key not in known and value not in (None, {}, []))
+        return [f"{self.file} says how it was packed in words that are not known here: {', '.join(keys)}"] * bool(keys)
+
+
+def find_settings(config: Mapping, folder: Path) -> Said | None:
+    """What config.json, or the older file beside it, says about packing; None when neither says anything."""
+    said = config.get(KEY)
+    if said is not None:
+        if not isinstance(said, dict):
+            raise CheckpointError(f"{folder / CONFIG}: {KEY} is {said!r}, not a mapping. Fetch config.json again.")
+        return Said(CONFIG, _spelled_alike(said))
+    for file, method in OLDER_FILES.items():
+        if (folder / file).is_file():
+            return Said(file, _spelled_alike({"quant_method": method, **read_json(folder / file)}))
+    return None
+
+
+def _spelled_alike(said: Mapping) -> dict:
+    return {AWQ_SPELLING.get(key, key): value for key, value in said.items()}
+
+
+def _among(value: object, known: tuple) -> bool:
+    """1 is not True here, which == would say."""
+    value = value.lower() if isinstance(value, str) else value
+    return any(type(value) is type(one) and value == one for one in known)
