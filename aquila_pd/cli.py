@@ -10,9 +10,12 @@ import sys
 from . import versions
 from .errors import AquilaError
 
-# verb -> the module whose main(argv) -> exit status does it, and one line for the help
+# verb -> the module whose main(argv) -> exit status does it (or module:function), and one line for the help
 VERBS = {
-    "convert": ("aquila_pd.checkpoint.command", "a Hugging Face folder or GGUF file into one that PaddleNLP loads"),
+    "convert": ("aquila_pd.checkpoint.command", "a torch checkpoint into a folder that PaddleNLP loads"),
+    "to-torch": ("aquila_pd.checkpoint.command:to_torch", "a Paddle checkpoint back into a Hugging Face folder"),
+    "inspect": ("aquila_pd.checkpoint.inspect", "what a checkpoint is, and what it would be converted to"),
+    "verify": ("aquila_pd.checkpoint.verify.command", "prove that a converted folder is its torch checkpoint"),
     "doctor": ("aquila_pd.doctor", "installed versions beside the tested ones, this machine, and what to mend"),
 }
 
@@ -35,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the verb's own arguments")
     asked = parser.parse_args(argv)
-    module, _ = VERBS[asked.verb]
+    module, _, function = VERBS[asked.verb][0].partition(":")
     try:
-        return importlib.import_module(module).main(asked.arguments)
+        return getattr(importlib.import_module(module), function or "main")(asked.arguments)
     except AquilaError as error:
         print(error, file=sys.stderr)
         return 1

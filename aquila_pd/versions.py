@@ -102,7 +102,7 @@ PINS = (
     Pin("gguf", ">=0.19,<0.20", "0.19.0", "reads GGUF checkpoints", extra="gguf"),
     Pin("pytest", "==9.2.0", "9.2.0", "runs the tests", extra="test"),
     Pin("pytest-timeout", ">=2.4", "2.4.0", "ends a test that hangs", extra="test"),
-    Pin("hypothesis", ">=6.1", "", "makes damaged files for the tests", extra="test"),
+    Pin("hypothesis", "==6.170.15", "6.170.15", "makes damaged files for the tests", extra="test"),
     Pin("bitsandbytes", "==0.50.2", "0.50.2", "writes genuine NF4 checkpoints for the tests", extra="test"),
     Pin("ruff", "==0.17.6", "0.17.6", "lint and format; the layout depends on its version", extra="dev"),
     Pin(

@@ -21,7 +21,7 @@ from .manifest import read_manifest, write_manifest
 from .output import OF_THE_RUN, Stage, check_output, restore_replaced, staging
 from .pipeline import count_workers
 from .plan import Plan, describe, describe_shards, make_plan
-from .reporting import Summary, check_report, write_report
+from .reporting import Summary, check_report, closing_words, write_report
 from .sources import Source, open_source
 from .targets import PADDLE, PADDLENLP_LLAMA, TORCH, Target, find_target
 from .verify import check_logits_possible, verify_content, verify_logits
@@ -90,7 +90,7 @@ def convert(
     with _completed(output):
         if report_file:
             write_report(report_file, summary)
-        say(summary.last_line)
+        say(closing_words(summary))
     return summary
 
 

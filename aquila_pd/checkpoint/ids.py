@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import CheckpointError, report
+from ..files import shown_value
 from .layout import CONFIG
 
 GENERATION_CONFIG = "generation_config.json"
@@ -80,10 +81,10 @@ def _check_said(said: dict, vocab: int) -> None:
     for field, value in said.items():
         values = value if isinstance(value, list) and field == "eos_token_id" else [value]
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in values) or not values:
-            findings.append(f"{field} is {value!r}, not a token id")
+            findings.append(f"{field} is {shown_value(value)}, not a token id")
         elif isinstance(value, list) and not all(0 <= token < vocab for token in values):
             outside = [token for token in values if not 0 <= token < vocab]
-            findings.append(f"{field} lists {outside}, but the model has {vocab} rows, 0 to {vocab - 1}")
+            findings.append(f"{field} lists {shown_value(outside)}, but the model has {vocab} rows, 0 to {vocab - 1}")
     if findings:
         advice = "Nothing was written. Mend the file in a copy of the source, or fetch it again."
         raise CheckpointError(report(f"{GENERATION_CONFIG} names tokens that cannot be:", findings, advice))

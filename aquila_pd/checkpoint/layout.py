@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import files, shards
-from ..errors import CheckpointError
+from ..errors import CheckpointError, report
 
 CONFIG = "config.json"
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SHARDS = "pytorch_model-*-of-*.bin"
+READ_BESIDE = (".json", ".jinja", ".model", "merges.txt")  # ends of the names that are read beside the weights
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def find_layout(path: Path, *, may_be_planned: bool = False) -> Layout:
         return _gguf_file(path)
     if not path.is_dir():
         raise CheckpointError(f"There is no checkpoint at {path}: {_what(path)}. Give a folder or a GGUF file.")
+    _check_kinds(path)
     safetensors = _has(path, shards.SHARDS, shards.SINGLE, shards.INDEX)
     torch_bin = _has(path, BIN_SHARDS, BIN, BIN_INDEX)
     if safetensors:
@@ -39,6 +41,11 @@ def find_layout(path: Path, *, may_be_planned: bool = False) -> Layout:
         return Layout("safetensors", path, notes)
     if torch_bin:
         return Layout("torch_bin", path)
+    if _has(path, "*.pdparams"):
+        raise CheckpointError(
+            f"{path} holds PaddleNLP's .pdparams, a pickle, which is not read here. Load it once and save it anew:\n"
+            f"  AquilaForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_FOLDER)  # from aquila_pd"
+        )
     if may_be_planned and (path / CONFIG).is_file() and not _has(path, "*.gguf"):
         return Layout("planned", path)
     return _gguf_folder(path)
@@ -46,6 +53,14 @@ def find_layout(path: Path, *, may_be_planned: bool = False) -> Layout:
 
 def _what(path: Path) -> str:
     return f"it {files.why_not_a_file(path)}" if os.path.lexists(path) else "no such file or folder"
+
+
+def _check_kinds(folder: Path) -> None:
+    """Raise CheckpointError for what has the name of a file that is read and is none: it would pass for absent."""
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(READ_BESIDE))
+    findings = [f"{files.shown(name)} {wrong}" for name in names if (wrong := files.why_not_a_file(folder / name))]
+    if findings:
+        raise CheckpointError(report(f"{folder} cannot be read:", findings, "Fetch them from where the weights are."))
 
 
 def _has(folder: Path, pattern: str, *names: str) -> bool:

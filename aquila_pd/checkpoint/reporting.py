@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..errors import OutputError
 from ..shards import write_json
+from .journal import hash_file
+from .manifest import MANIFEST
 from .output import nearest_parent
 from .plan import Plan, megabytes
 from .progress import counted
@@ -43,6 +45,20 @@ class Summary:
             f"Converted {counted(len(plan.moves), 'tensor')}, {megabytes(plan.nbytes)}{resumed}, in {self.seconds:.1f} "
             f"s ({written / max(self.seconds, 1e-6) / 1e6:,.0f} MB/s) to {self.output}; {checks}."
         )
+
+
+def closing_words(summary: Summary) -> str:
+    """The last lines of a run, to be pasted into an issue: what was done, and by what exactly."""
+    plan, versions = summary.plan, ", ".join(f"{name} {v}" for name, v in _versions().items() if v)
+    manifest = hash_file(summary.output / MANIFEST)
+    return "\n".join(
+        [
+            summary.last_line,
+            f"  made      from {plan.kind} of family {plan.family}, {counted(summary.workers, 'worker')}, "
+            f"{counted(len(plan.shards), 'shard')}, {MANIFEST} sha256 {manifest[:16]}",
+            f"  with      Python {platform.python_version()}, {versions}",
+        ]
+    )
 
 
 # What every report has had since the first: how an earlier one of ours is recognised.

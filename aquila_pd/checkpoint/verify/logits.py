@@ -22,7 +22,8 @@ AFFORDABLE = 1024  # max_position_embeddings up to which ids of that length are 
 # Measured: two correct fp32 implementations differ by 1e-5 to 1e-4 of the logits' spread, a lost transpose by about
 # all of it.
 TOLERANCE = 1e-3
-TORCH_EXTRA = 'Install both with pip install "aquila_pd[verify]", or verify with --verify content.'
+ADVICE = "Nothing was kept. Convert again with --verify content to see whether values were lost."
+TORCH_EXTRA = 'Install what is missing with pip install "aquila_pd[verify,gguf]", or compare content only.'
 
 
 def check_logits_possible(source: Source) -> None:
@@ -32,6 +33,11 @@ def check_logits_possible(source: Source) -> None:
             f"Logits of family {source.family.name} cannot be compared: transformers does not read its files.\n"
             "Use --verify content."
         )
+    check_torch(source)
+
+
+def check_torch(source: Source) -> None:
+    """Raise InstallationError when torch, or what it needs to read this source, is not there."""
     missing = []
     for name in ("torch", "transformers", *(("gguf",) if source.layout.kind == "gguf" else ())):
         try:
@@ -39,22 +45,29 @@ def check_logits_possible(source: Source) -> None:
         except ImportError as error:
             missing.append(f"{name}: {error}")
     if missing:
-        raise InstallationError(report("--verify logits runs torch beside Paddle; not usable:", missing, TORCH_EXTRA))
+        raise InstallationError(report("To run torch beside Paddle something is missing:", missing, TORCH_EXTRA))
 
 
 def verify_logits(
-    source: Source, output: Path, *, rounded_to: str | None = None, nonfinite_weights: bool = False
+    source: Source,
+    output: Path,
+    *,
+    rounded_to: str | None = None,
+    nonfinite_weights: bool = False,
+    ids: np.ndarray | None = None,
+    advice: str = ADVICE,
 ) -> Verified:
     """Run transformers on the source and Paddle on the output, fp32, same ids. Raises VerificationError.
 
     rounded_to: the dtype the conversion was asked to cast to; the reference's weights are rounded alike.
     nonfinite_weights: the source's weights hold NaN or infinite values, and the user was told which.
+    ids: [B, T], by default those of token_ids_for(). advice: what to try when the logits differ.
     """
-    ids, about = token_ids_for(source.fields)
+    ids, about = token_ids_for(source.fields) if ids is None else (ids, f", on {ids.shape[1]} tokens")
     theirs = torch_logits(source, ids, rounded_to=rounded_to)
     gc.collect()  # two fp32 models at once may not fit
     ours = paddle_logits(output, ids)
-    found = compare_logits(theirs, ours, ids, nonfinite_weights=nonfinite_weights)
+    found = compare_logits(theirs, ours, ids, nonfinite_weights=nonfinite_weights, advice=advice)
     return replace(found, sentence=found.sentence + about)
 
 
@@ -72,7 +85,7 @@ def token_ids_for(fields: dict) -> tuple[np.ndarray, str]:
 
 
 def compare_logits(
-    theirs: np.ndarray, ours: np.ndarray, ids: np.ndarray, *, nonfinite_weights: bool = False
+    theirs: np.ndarray, ours: np.ndarray, ids: np.ndarray, *, nonfinite_weights: bool = False, advice: str = ADVICE
 ) -> Verified:
     """Compare logits [B, T, V]; raises VerificationError with the worst position.
 
@@ -98,7 +111,7 @@ def compare_logits(
             f"The two models do not compute the same: logits differ by up to {worst:.3g}, allowed is {TOLERANCE:g} of "
             f"their spread {spread:.3g}.{_nonfinite(theirs, ours)}\n"
             f"  {place} (input id {ids[row, position]}): {values}\n"
-            "Nothing was kept. Convert again with --verify content to see whether values were lost."
+            f"{advice}"
         )
     sentence = f"logits equal within {worst:.2g} (spread {spread:.3g}, {place}: {values})"
     if special.any():
@@ -144,26 +157,37 @@ def torch_model(source: Source):
 
 def _folder_model(source: Source) -> tuple[Path, dict]:
     """Where transformers reads weights, and the config it is given: it knows no model_type "aquila"."""
-    from transformers import LlamaConfig
-
-    known = {key: value for key, value in source.config.items() if key not in ("model_type", "auto_map")}
-    return source.path, {"config": LlamaConfig(**known), "use_safetensors": source.layout.kind == "safetensors"}
+    return source.path, {"config": llama_config(source), "use_safetensors": source.layout.kind == "safetensors"}
 
 
 def _gguf_model(source: Source) -> tuple[None, dict]:
     """Config and weights as transformers' own GGUF reader has them (from_pretrained would ask for accelerate)."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, modeling_gguf_pytorch_utils
+    from transformers import LlamaForCausalLM, modeling_gguf_pytorch_utils
 
-    path = str(source.path)
+    config = llama_config(source)
     with redirect_stderr(io.StringIO()):  # its progress bars
-        config = LlamaConfig(**modeling_gguf_pytorch_utils.load_gguf_checkpoint(path)["config"])
-        scaling = source.fields["rope_scaling"]  # which transformers leaves unread
-        config.rope_scaling = scaling and {"rope_type": scaling["type"], "factor": scaling["factor"]}
         with torch.device("meta"):
             names = LlamaForCausalLM(config)
+        path = str(source.path)
         read = modeling_gguf_pytorch_utils.load_gguf_checkpoint(path, return_tensors=True, model_to_load=names)
     return None, {"config": config, "state_dict": read["tensors"]}
+
+
+def llama_config(source: Source):
+    """transformers' LlamaConfig, from the source's own words where transformers understands them."""
+    from transformers import LlamaConfig, modeling_gguf_pytorch_utils
+
+    if source.layout.kind == "gguf":
+        with redirect_stderr(io.StringIO()):
+            config = LlamaConfig(**modeling_gguf_pytorch_utils.load_gguf_checkpoint(str(source.path))["config"])
+        scaling = source.fields["rope_scaling"]  # which transformers leaves unread
+        config.rope_scaling = scaling and {"rope_type": scaling["type"], "factor": scaling["factor"]}
+        return config
+    if source.family.runs_as_llama:
+        foreign = ("model_type", "auto_map", "quantization_config")
+        return LlamaConfig(**{key: value for key, value in source.config.items() if key not in foreign})
+    return LlamaConfig(**{key: value for key, value in source.fields.items() if key != "dtype"})
 
 
 def paddle_logits(output: Path, ids: np.ndarray) -> np.ndarray:

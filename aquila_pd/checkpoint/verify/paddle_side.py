@@ -1,0 +1,101 @@
+"""Paddle's half of the layer-by-layer proof: this project's own layers, filled from the converted folder one by one."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddlenlp.utils.log import logger
+
+from ... import shards
+from ...configuration import AquilaConfig
+from ...fusion_ops import select
+from ...masks import causal_mask, keep_mask
+from ...modeling import DecoderLayer, RMSNorm, RotaryEmbedding
+from ...shards import TensorInfo
+from ...weight_map import EMBEDDING, FINAL_NORM, HEAD, L, Row
+from ..pipeline import count_workers
+
+
+class Ours:
+    """The Paddle model in float32, one layer in memory at a time. held: the folder's tensors by Paddle name."""
+
+    def __init__(self, folder: Path, held: Mapping[str, TensorInfo], length: int):
+        paddle.base.core.set_num_threads(count_workers(None))
+        logger.set_level("WARNING")
+        self.config = AquilaConfig.from_pretrained(str(folder))
+        self._held, self._ops = held, select()
+        self._mask = causal_mask(keep_mask(None, 1, length), length)
+        self._angles = RotaryEmbedding(self.config)(paddle.arange(length)[None], length)
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """ids [T] -> [T, D]"""
+        rows = self._view(EMBEDDING)
+        found = rows[ids].astype(np.float32)
+        shards.release(rows)
+        return found
+
+    @contextmanager
+    def layer(self, i: int) -> Iterator["OurLayer"]:
+        with paddle.LazyGuard():
+            layer = DecoderLayer(self.config, i, self._ops)
+        prefix = Row(L, ()).paddle.format(i=i)
+        for name, parameter in layer.named_parameters():
+            _fill(parameter, shards.view(self._held[prefix + name]))
+        layer.eval()
+        yield OurLayer(layer, *self._angles, self._mask)
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        with paddle.LazyGuard():
+            norm = RMSNorm(self.config, self._ops)
+        _fill(norm.weight, self._view(FINAL_NORM))
+        return _run(norm, x)
+
+    def head(self, x: np.ndarray, rows: slice) -> np.ndarray:
+        """[T, D] -> logits [T, v] of this part of the vocabulary."""
+        if self.config.tie_word_embeddings:
+            weight = _tensor(self._view(EMBEDDING), rows)
+            return _run(lambda x: paddle.matmul(x, weight, transpose_y=True), x)
+        weight = _tensor(self._view(HEAD), (slice(None), rows))
+        return _run(lambda x: paddle.matmul(x, weight), x)
+
+    def _view(self, row: Row) -> np.ndarray:
+        return shards.view(self._held[row.paddle])
+
+
+class OurLayer:
+    """One filled DecoderLayer, whole and in its two halves."""
+
+    def __init__(self, layer: DecoderLayer, cos, sin, mask):
+        self._layer, self._how = layer, (cos, sin, mask)
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        return _run(lambda x: self._layer(x, *self._how), x)
+
+    def attention(self, x: np.ndarray) -> np.ndarray:
+        layer = self._layer
+        return _run(lambda x: x + layer.self_attn(layer.input_layernorm(x), *self._how)[0], x)
+
+    def mlp(self, x: np.ndarray) -> np.ndarray:
+        layer = self._layer
+        return _run(lambda x: x + layer.mlp(layer.post_attention_layernorm(x)), x)
+
+
+def _fill(parameter, stored: np.ndarray) -> None:
+    """Give memory with a stored tensor's values, in float32, to a parameter that has none yet."""
+    values = _tensor(stored)  # a name of its own: get_tensor() does not keep its owner alive
+    parameter.get_tensor()._share_data_with(values.get_tensor())
+
+
+def _tensor(stored: np.ndarray, part: slice | tuple[slice, ...] = slice(None)):
+    """Part of a mapped tensor in memory of its own; the file's pages are given back."""
+    values = paddle.to_tensor(stored[part].astype(np.float32))
+    shards.release(stored)
+    return values
+
+
+def _run(function: Callable, x: np.ndarray) -> np.ndarray:
+    """[T, D] float32 through something that wants [1, T, D]."""
+    with paddle.no_grad():
+        return function(paddle.to_tensor(x)[None])[0].numpy()
