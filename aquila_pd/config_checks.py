@@ -4,6 +4,7 @@ Sizes and the rotary scaling only. Which keys a file may carry is the business o
 """
 
 import sys
+from collections.abc import Mapping
 
 from .errors import ConfigError, report
 
@@ -12,6 +13,7 @@ UNSCALED = "default"  # transformers' spelling of "no scaling"
 ROPE_KEYS = {"type", "rope_type", "factor"}
 ORIGINAL = "original_max_position_embeddings"  # says the same as max_position_embeddings for the types known here
 MOST_LAYERS = 10_000  # no model has a tenth; beyond, a damaged number would fill the memory with names of tensors
+MOST = 2**31 - 1  # of anything else; a damaged number may be too large even to be calculated with
 
 # Keys of config.json that change the mathematics, with the one value that is computed here.
 NEUTRAL = {
@@ -72,7 +74,7 @@ def sizes(hidden_size: int, num_attention_heads: int, num_key_value_heads: int, 
         if not _is_whole(value) or value < 1
     ]
     if not findings:
-        findings = _too_many(others) + _indivisible(hidden_size, num_attention_heads, num_key_value_heads)
+        findings = too_many(named) + _indivisible(hidden_size, num_attention_heads, num_key_value_heads)
     if findings:
         raise ConfigError(
             report(
@@ -92,11 +94,14 @@ def numbers(**named: object) -> list[str]:
     ]
 
 
-def _too_many(counts: dict[str, object]) -> list[str]:
-    layers = counts.get("num_hidden_layers", 0)
-    if not _is_whole(layers) or layers <= MOST_LAYERS:
-        return []
-    return [f"num_hidden_layers is {layers}; more than {MOST_LAYERS} are taken for damage"]
+def too_many(counts: Mapping[str, object]) -> list[str]:
+    """A line for each count that is too large for any model; what is no count at all is left to sizes()."""
+    most = {name: MOST_LAYERS if name == "num_hidden_layers" else MOST for name in counts}
+    return [
+        f"{name} is {value}; more than {most[name]} are taken for damage"
+        for name, value in counts.items()
+        if _is_whole(value) and value > most[name]
+    ]
 
 
 def _indivisible(d: int, heads: int, kv_heads: int) -> list[str]:

@@ -1,8 +1,35 @@
-"""Named errors. A message says what was asked, what was found and what to do next, in full sentences."""
+"""Named errors. A message says what was asked, what was found and what to do next, in full sentences.
+
+What it repeats out of files may be hostile: it is cut, and what would steer a terminal is escaped.
+"""
+
+SHOWN = 200  # characters of a text, or of a value, that a message repeats
+LINE = 2000  # characters of one line of a message
+FINDINGS = 100  # lines of a report
+
+
+def shown(text: str) -> str:
+    """Text out of a file as a message may repeat it: not at length, and what would steer a terminal escaped."""
+    cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+    return printable(cut)
+
+
+def shown_value(value: object) -> str:
+    """A value out of a JSON file as a message may repeat it: as Python writes it, and not at length."""
+    return shown(repr(value))
+
+
+def printable(line: str) -> str:
+    """One line with every character escaped that is no visible one."""
+    return line if line.isprintable() else repr(line)[1:-1]
 
 
 class AquilaError(Exception):
     """Base of every error that aquila_pd raises for something a person can mend."""
+
+    def __str__(self) -> str:
+        lines = super().__str__().split("\n")
+        return "\n".join(printable(line if len(line) <= LINE else f"{line[:LINE]}...") for line in lines)
 
 
 class ConfigError(AquilaError):
@@ -35,4 +62,6 @@ class InstallationError(AquilaError, ImportError):
 
 def report(headline: str, findings: list[str], advice: str) -> str:
     """One message out of many findings: a headline, one indented line each, and the next step."""
-    return "\n".join([headline, *(f"  {line}" for line in findings), advice])
+    listed = [f"  {shown(line) if len(line) > LINE else line}" for line in findings[:FINDINGS]]
+    more = [f"  and {len(findings) - FINDINGS:,} more"] if len(findings) > FINDINGS else []
+    return "\n".join([headline, *listed, *more, advice])

@@ -3,12 +3,12 @@
 Knows files, headers and bytes. Which tensors a model consists of is not its business.
 """
 
+import errno
 import json
 import math
 import mmap
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import CheckpointError, ConfigError, report
-from .files import JSON_ERRORS, lfs_pointer, write_json
+from .files import JSON_ERRORS, lfs_pointer, parse_json, shown, shown_value, why_not_a_file, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,16 +41,21 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # tag -> name in a config.json
 # Paddle has no numpy bfloat16: it keeps the bits in uint16 and tags files U16, the published release too. No weight
 # is ever a real uint16, so both ways U16 means BF16. This line pair is the only place that knows.
 READ_AS = {"U16": "BF16"}
 TAGS[np.dtype(np.uint16)] = "BF16"
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_HEADER = 100_000_000  # bytes, of an index too; the limit of the safetensors library
+MAX_TENSORS = 100_000  # in a file; no model known here has a hundredth
+MAX_NUMBER = 2**59  # bytes of a file, or values of a tensor: what still can be counted in bytes in 64 bits
+MAX_DIMENSIONS = 32  # numpy's limit
+MAX_NAME = 255  # bytes of a file's name on the usual disks; no tensor's name is as long
 ALIGNMENT = 64  # bytes; data begins on a cache line, so 16-byte copies in a mapped file stay aligned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies. dtype: a safetensors tag such as "BF16"; offset: of its first byte in the file."""
 
@@ -110,7 +115,7 @@ def read_layout(folder: Path) -> dict[str, TensorInfo]:
     placed, findings = read_placement(folder, SAFETENSORS)
     found: dict[str, TensorInfo] = {}
     for file in sorted(placed):
-        infos, wrong = read_header(folder / file) if (folder / file).is_file() else ([], [f"{file} does not exist"])
+        infos, wrong = read_header(folder / file)
         findings += wrong
         findings += [f"{i.name} is in both {found[i.name].file.name} and {file}" for i in infos if i.name in found]
         found.update((info.name, info) for info in infos)
@@ -124,36 +129,69 @@ def read_layout(folder: Path) -> dict[str, TensorInfo]:
 
 def read_placement(folder: Path, naming: Naming) -> tuple[dict[str, set[str] | None], list[str]]:
     """File name -> the tensors its index expects in it (None without an index), and what is wrong so far."""
-    if (folder / naming.index).is_file():
+    if os.path.lexists(folder / naming.index):
         return _read_index(folder, naming)
     strays = sorted(path.name for path in folder.glob(naming.pattern))
     if strays:
-        return {}, [f"{naming.index} does not exist, but there are {len(strays)} shards, {strays[0]} first"]
-    if not (folder / naming.single).is_file():
+        return {}, [f"{naming.index} does not exist, but there are {len(strays)} shards, {shown(strays[0])} first"]
+    if not os.path.lexists(folder / naming.single):
         return {}, [f"it holds neither {naming.single} nor {naming.index}"]
     return {naming.single: None}, []
 
 
 def _read_index(folder: Path, naming: Naming) -> tuple[dict[str, set[str] | None], list[str]]:
-    pointer = lfs_pointer(folder / naming.index)
+    path = folder / naming.index
+    wrong = why_not_a_file(path)
+    if wrong:
+        return {}, [f"{naming.index} {wrong}"]
+    pointer = lfs_pointer(path)
     if pointer:
         return {}, [pointer]
     try:
-        pairs = json.loads((folder / naming.index).read_text("utf-8-sig"), object_pairs_hook=list)
-        rows = [(str(name), str(file)) for name, file in dict(pairs)["weight_map"]]
+        rows = _weight_map(path)
     except (*JSON_ERRORS, KeyError, TypeError) as error:
         return {}, [f"{naming.index} is not an index with a weight_map ({type(error).__name__}: {error})"]
     placed: dict[str, set[str] | None] = {}
-    for name, file in rows:
+    for name, file in rows.items():
         placed.setdefault(file, set()).add(name)
-    findings = [f"{name} is listed twice in {naming.index}" for name in _repeated([name for name, _ in rows])]
-    outside = sorted(file for file in placed if Path(file).name != file)
-    findings += [f"{naming.index} names {file!r}, which is not a file of this folder" for file in outside]
+    outside = {file for file in placed if not _is_file_name(file)}
+    findings = [f"{naming.index} names '{shown(file)}', which is not a file of this folder" for file in sorted(outside)]
     strays = {path.name for path in folder.glob(naming.pattern)} - set(placed)
-    findings += [f"{file} is there, but {naming.index} does not name it" for file in sorted(strays)]
-    if (folder / naming.single).is_file() and naming.single not in placed:
+    findings += [f"{shown(file)} is there, but {naming.index} does not name it" for file in sorted(strays)]
+    if os.path.lexists(folder / naming.single) and naming.single not in placed:
         findings.append(f"both {naming.single} and {naming.index} are there, and the index does not name the file")
     return {file: names for file, names in placed.items() if file not in outside}, findings
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file name. Raises JSON_ERRORS, KeyError or TypeError for anything else."""
+    size = path.stat().st_size
+    if size > MAX_HEADER:
+        raise ValueError(f"it has {size:,} bytes")
+    found = parse_json(path.read_text("utf-8-sig"))["weight_map"]
+    if not isinstance(found, dict) or len(found) > MAX_TENSORS:
+        raise TypeError(f"the weight_map is {shown_value(found)}")
+    for name, file in found.items():
+        _check_name(name)
+        if not isinstance(file, str):
+            raise TypeError(f"the file of {name} is {shown_value(file)}")
+    return found
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a text names a file in a folder, and nothing beside or above it on any system."""
+    return (
+        text not in ("", ".", "..")
+        and text.isprintable()
+        and not set(text) & set("/\\")
+        and len(text.encode("utf-8")) <= MAX_NAME  # a lone surrogate is not printable
+    )
+
+
+def _check_name(name: str) -> None:
+    """Raise ValueError for the name of a tensor that could not be printed: one that fools a terminal, or never ends."""
+    if not (name and name.isprintable() and len(name) <= MAX_NAME):
+        raise ValueError(f"'{shown(name)}' is no name of a tensor")
 
 
 def compare_with_index(file: str, held: set[str], named: set[str] | None, naming: Naming) -> list[str]:
@@ -166,23 +204,19 @@ def compare_with_index(file: str, held: set[str], named: set[str] | None, naming
 
 def read_header(path: Path) -> tuple[list[TensorInfo], list[str]]:
     """The tensors of one safetensors file in data order, and what is wrong with it (then there are no tensors)."""
+    wrong = _why_no_safetensors(path)
+    if wrong:
+        return [], [wrong]
     size = path.stat().st_size
-    if size == 0:
-        return [], [f"{path.name} has zero bytes"]
-    pointer = lfs_pointer(path)
-    if pointer:
-        return [], [pointer]
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= MAX_HEADER:
             return [], [f"{path.name} does not begin with a safetensors header"]
         if size < 8 + length:
             return [], [f"{path.name} is cut off: its header alone needs {8 + length:,} bytes, the file has {size:,}"]
-        text = file.read(length)
+        header = file.read(length)
     try:
-        pairs = json.loads(text, object_pairs_hook=list)
-        rows = [(name, dict(body)) for name, body in pairs if name != "__metadata__"]
-        infos = [_tensor_info(name, body, path, 8 + length) for name, body in rows]
+        infos = _tensor_infos(header, path)
     except (*JSON_ERRORS, KeyError, TypeError) as error:
         return [], [f"{path.name} has a damaged header ({type(error).__name__}: {error})"]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
@@ -190,25 +224,55 @@ def read_header(path: Path) -> tuple[list[TensorInfo], list[str]]:
     return ([], findings) if findings else (infos, [])
 
 
+def _why_no_safetensors(path: Path) -> str | None:
+    wrong = why_not_a_file(path)
+    if wrong:
+        return f"{path.name} {wrong}"
+    return f"{path.name} has zero bytes" if path.stat().st_size == 0 else lfs_pointer(path)
+
+
+def _tensor_infos(header: bytes, path: Path) -> list[TensorInfo]:
+    """The tensors a header lists. Raises JSON_ERRORS, KeyError or TypeError for a header that is none."""
+    listed = header.count(b'"data_offsets"')  # before they fill the memory
+    if listed > MAX_TENSORS:
+        raise ValueError(f"it lists {listed:,} tensors")
+    found = parse_json(header.decode("utf-8"))
+    if not isinstance(found, dict):
+        raise TypeError(f"it is {shown_value(found)}")
+    about = found.pop("__metadata__", None) or {}
+    if not (isinstance(about, dict) and all(isinstance(said, str) for said in about.values())):
+        raise TypeError(f"its __metadata__ is {shown_value(about)}")
+    return [_tensor_info(name, body, path, 8 + len(header)) for name, body in found.items()]
+
+
 def _tensor_info(name: str, body: dict, path: Path, base: int) -> TensorInfo:
+    _check_name(name)
+    if not (isinstance(body, dict) and isinstance(body["shape"], list) and isinstance(body["data_offsets"], list)):
+        raise TypeError(f"{name} is {shown_value(body)}")
+    shape = tuple(_whole(n) for n in body["shape"])
+    # numpy counts without the zeros
+    if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > MAX_NUMBER:
+        raise ValueError(f"{name} has the shape {shown_value(list(shape))}, beyond any memory")
     begin, end = (_whole(n) for n in body["data_offsets"])
-    tag = READ_AS.get(body["dtype"], body["dtype"])
-    return TensorInfo(name, tag, tuple(_whole(n) for n in body["shape"]), path, base + begin, end - begin)
+    tag = body["dtype"] if isinstance(body["dtype"], str) else shown_value(body["dtype"])
+    tag = READ_AS.get(tag, tag)
+    return TensorInfo(name, tag, shape, path, base + begin, end - begin)
 
 
 def _whole(number: object) -> int:
     """JSON has 32.7, "32", true and Infinity too, all of which int() would take or choke on."""
-    if type(number) is not int or number < 0:
-        raise ValueError(f"{number!r} is not a whole number")
+    if type(number) is not int or not 0 <= number <= MAX_NUMBER:
+        raise ValueError(f"{shown_value(number)} is not a whole number")
     return number
 
 
 def _check_header(infos: list[TensorInfo], file: str, base: int, size: int) -> list[str]:
-    findings = [f"{name} is twice in {file}" for name in _repeated([info.name for info in infos])]
+    findings = []
     place = base
     for info in infos:
         if info.dtype not in DTYPES:
-            findings.append(f"{info.name} in {file} has the dtype {info.dtype}; known are {', '.join(DTYPES)}")
+            known = ", ".join(DTYPES)
+            findings.append(f"{info.name} in {file} has the dtype {shown(info.dtype)}; known are {known}")
         elif math.prod(info.shape) * DTYPES[info.dtype].itemsize != info.nbytes:
             findings.append(
                 f"{info.name} in {file} takes {info.nbytes:,} bytes, not those of {list(info.shape)} {info.dtype}"
@@ -223,16 +287,20 @@ def _check_header(infos: list[TensorInfo], file: str, base: int, size: int) -> l
     return findings
 
 
-def _repeated(names: list[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
-
-
 def view(info: TensorInfo) -> np.ndarray:
     """The tensor as a read-only array mapped from its file (bfloat16 as ml_dtypes.bfloat16); nothing is read yet."""
     dtype = DTYPES[info.dtype]
     if not info.nbytes:
         return np.empty(info.shape, dtype)  # an empty map is an error of the operating system
-    return np.memmap(info.file, np.uint8, "r", info.offset, (info.nbytes,)).view(dtype).reshape(info.shape)
+    return map_bytes(info.file, info.offset, info.nbytes).view(dtype).reshape(info.shape)
+
+
+def map_bytes(file: Path, offset: int, nbytes: int) -> np.ndarray:
+    """Bytes [n] of a file as a read-only map of its own. Raises OSError when the file is shorter than it was."""
+    try:
+        return np.memmap(file, np.uint8, "r", offset, (nbytes,))
+    except ValueError as error:
+        raise OSError(errno.EIO, f"It was cut off while it was read ({error})", str(file)) from error
 
 
 def release(array: np.ndarray) -> None:

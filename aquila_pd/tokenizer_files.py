@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from .errors import TokenizerError, report
+from .errors import TokenizerError, report, shown_value
 from .files import read_object, read_text, refuse_lfs_pointer, write_text
 from .gguf_file import PRE_TOKENIZER, UNNAMED, open_gguf, pre_tokenizer_note, read_value
 from .sentencepiece_files import build_backend, check_model, doubts, read_model
@@ -154,7 +154,9 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     refuse_lfs_pointer(path, TokenizerError)
     try:
         backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and a PanicException that is none
         raise TokenizerError(
             f"{path} cannot be read as a tokenizer: {error}\nFetch the file again, or delete it to use vocab.json "
             "and merges.txt."
@@ -248,7 +250,9 @@ def read_bpe(vocab_file: Path, merges_file: Path) -> models.BPE:
             refuse_lfs_pointer(file, TokenizerError)
     try:
         return models.BPE.from_file(str(vocab_file), str(merges_file))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and a PanicException that is none
         raise TokenizerError(
             f"{merges_file.name} and {vocab_file.name} of {vocab_file.parent} do not make a BPE: {error}\n"
             "One of the two is damaged or they come from different models; fetch both again."
@@ -417,7 +421,10 @@ def read_chat_template_json(file: Path) -> str | list | dict:
 
 def content_of(token: str | dict | AddedToken) -> str:
     """The text of a token, however a JSON file spells it."""
-    return token["content"] if isinstance(token, dict) else str(token)
+    text = token.get("content") if isinstance(token, dict) else str(token)
+    if not isinstance(text, str):
+        raise TokenizerError(f"{shown_value(token)} is no token. Fetch the tokenizer's files again.")
+    return text
 
 
 def added_tokens_of(config: dict) -> list[tuple[int, AddedToken]]:

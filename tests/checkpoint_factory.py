@@ -216,3 +216,103 @@ def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
 def digests(folder: Path) -> dict[str, str]:
     """File name -> hash of its bytes."""
     return {name: digest for name, (digest, _) in snapshot(folder).items()}
+
+
+# ------------------------------------------------------------------------------------------------ every family
+
+
+def any_bits(tensors: dict[str, np.ndarray], *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Arrays of the same shapes and dtypes whose bits are random: NaNs with payloads, infinities, subnormals, -0.0."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name, value in tensors.items():
+        bits = rng.integers(0, 1 << (8 * value.itemsize), value.shape, dtype=f"u{value.itemsize}")
+        bits.flat[0] = 1 << (8 * value.itemsize - 1)  # -0.0
+        found[name] = bits.view(value.dtype)
+    return found
+
+
+def write_raw(path: Path, tensors: dict[str, np.ndarray], *, tags: dict[str, str]) -> Path:
+    """A safetensors file packed here. tags: dtype name -> tag, such as {"bfloat16": "U16"} for Paddle's own files."""
+    header, data = {}, b""
+    for name, value in tensors.items():
+        bits = np.ascontiguousarray(value).tobytes()
+        offsets = [len(data), len(data) + len(bits)]
+        header[name] = {"dtype": tags[value.dtype.name], "shape": list(value.shape), "data_offsets": offsets}
+        data += bits
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def _write_aquila(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    said = config(torch_dtype="bfloat16")
+    tensors = weights(said, dtype="bfloat16")
+    write_safetensors(folder, said, tensors, shards=2)
+    return said, tensors
+
+
+def _write_llama(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    said = config(model_type="llama", architectures=["LlamaForCausalLM"], torch_dtype="float16")
+    tensors = weights(said, dtype="float16")
+    write_safetensors(folder, said, tensors)
+    return said, tensors
+
+
+V1_NAMES = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def _write_aquila_v1(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """FlagAI's names, rotary rows of neighbouring pairs, the wrapper around the state dict."""
+    import torch
+
+    heads = 4
+    # 96: two thirds of 4 x 32, in steps of 24
+    said = config(num_key_value_heads=heads, intermediate_size=96)
+    tensors = weights(said)
+    state = {}
+    for name, value in tensors.items():
+        stored = interleave(value, heads) if "q_proj" in name or "k_proj" in name else value
+        spelled = name.removeprefix("model.") if "layers" in name else name
+        for ours, theirs in V1_NAMES.items():
+            spelled = spelled.replace(ours, theirs)
+        state[spelled] = torch.from_numpy(stored.copy())
+    sizes = {"dim": 32, "n_heads": heads, "n_layers": 2, "multiple_of": 24, "vocab_size": 80}
+    write_config(folder, {**sizes, "norm_eps": 1e-5, "max_seq_len": 96})
+    torch.save({"module": state}, folder / "pytorch_model.bin")
+    return said, tensors
+
+
+def _write_paddlenlp_llama(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """What PaddleNLP's own LLaMA saves: bfloat16 tagged U16, matrices as [in, out], its two keys of rotary scaling."""
+    said = config(model_type="llama", architectures=["LlamaForCausalLM"], dtype="bfloat16", paddlenlp_version=None)
+    scaled = {"rope_scaling_type": "linear", "rope_scaling_factor": 4.0}
+    dropped = ("torch_dtype", "transformers_version", "rope_scaling", "hidden_act")
+    write_config(folder, {**{key: value for key, value in said.items() if key not in dropped}, **scaled})
+    tensors = weights(said, dtype="bfloat16")
+    stored = {name.replace("aquila.", "llama."): value for name, value in expected(tensors).items()}
+    write_raw(folder / "model.safetensors", stored, tags={"bfloat16": "U16"})
+    return {**said, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, tensors
+
+
+# family -> writes a folder of it and returns config and weights in Hugging Face's form
+FAMILY_FOLDERS = {
+    "aquila": _write_aquila,
+    "llama": _write_llama,
+    "aquila_v1": _write_aquila_v1,
+    "paddlenlp_llama": _write_paddlenlp_llama,
+}

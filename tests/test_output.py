@@ -17,7 +17,7 @@ import checkpoint_factory as factory
 import pytest
 
 import aquila_pd.checkpoint.convert as converter
-from aquila_pd.checkpoint import output, reporting, terminal
+from aquila_pd.checkpoint import output, reporting, staging, terminal
 from aquila_pd.checkpoint.progress import counted
 from aquila_pd.errors import OutputError
 from convert import torch2paddle
@@ -118,7 +118,7 @@ def test_replaced_folder_that_cannot_be_removed_is_no_failed_conversion(tmp_path
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         remove(path, *args, **kwargs)
 
-    monkeypatch.setattr(output.shutil, "rmtree", stuck)
+    monkeypatch.setattr(staging.shutil, "rmtree", stuck)
     assert run("--overwrite", "--dtype", "float16") == 0
     text = capsys.readouterr().out
     assert f"The model in {tmp_path / 'out'} is complete; of the one it replaced, {tmp_path / 'out.replaced-'}" in text
@@ -134,7 +134,7 @@ def test_ctrl_c_while_the_replaced_folder_is_removed_tells_the_truth(tmp_path, r
             raise KeyboardInterrupt
         remove(path, *args, **kwargs)
 
-    monkeypatch.setattr(output.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(staging.shutil, "rmtree", interrupted)
     assert run("--overwrite", "--dtype", "float16") == 130
     message = capsys.readouterr().err
     assert message.startswith(f"Interrupted. The model in {tmp_path / 'out'} is complete; of the one it replaced, ")
@@ -211,7 +211,7 @@ def test_rename_itself_refuses_a_folder_that_holds_something(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     with pytest.raises(OutputError, match="appeared"):
-        output._rename(tmp_path / "partial", tmp_path / "out")
+        staging._rename(tmp_path / "partial", tmp_path / "out")
     assert (tmp_path / "out" / "file").read_text() == "out"
 
 

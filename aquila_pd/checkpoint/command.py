@@ -43,7 +43,12 @@ def parser(framework: str) -> argparse.ArgumentParser:
         help="content: read every value again and compare (default); none"
         + ("; logits: content, and run torch beside Paddle, both in float32" if framework == PADDLE else ""),
     )
-    made.add_argument("--workers", type=int, metavar="N", help="threads (default: the cores there are)")
+    made.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads (default: the cores there are, at most 8)",
+    )
     made.add_argument(
         "--fsync",
         action="store_true",

@@ -18,11 +18,12 @@ from .ids import GENERATION_CONFIG, check_vocabulary
 from .journal import Journal, fingerprint
 from .layout import CONFIG
 from .manifest import read_manifest, write_manifest
-from .output import OF_THE_RUN, Stage, check_output, restore_replaced, staging
+from .output import OF_THE_RUN, check_output
 from .pipeline import count_workers
 from .plan import Plan, describe, describe_shards, make_plan
 from .reporting import Summary, check_report, closing_words, write_report
 from .sources import Source, open_source
+from .staging import completed, staging, undo_killed
 from .targets import PADDLE, PADDLENLP_LLAMA, TORCH, Target, find_target
 from .verify import check_logits_possible, verify_content, verify_logits
 from .writing import write_weights
@@ -71,7 +72,8 @@ def convert(
         summary = Summary(plan, output, workers, warnings=warnings)
         say(describe(plan, output))
         _say_warnings(warnings, say)
-        for line in _details(plan, workers) if dry_run else restore_replaced(output):
+        made_for = fingerprint(opened, plan)
+        for line in _details(plan, workers) if dry_run else undo_killed(output, made_for):
             say(line)
         check_output(output, opened.path, overwrite=overwrite, nbytes=plan.nbytes)
         check_report(report_file, opened.path, output)
@@ -80,14 +82,14 @@ def convert(
         if dry_run:
             say("Dry run: nothing was written" + (", the report neither." if report_file else "."))
             return summary
-        with staging(output, overwrite=overwrite, say=say) as stage:
+        with staging(output, overwrite=overwrite, fsync=fsync, say=say) as stage:
             # again, now that no other run can be writing it
             check_output(output, opened.path, overwrite=overwrite, nbytes=plan.nbytes)
-            _write(opened, stage, summary, tokenizer=Path(prepared), fsync=fsync, say=say)
+            journal = Journal(stage.folder, made_for)
+            stage.finished, stage.count = lambda: journal.worth_keeping, len(plan.shards)
+            _write(opened, journal, summary, tokenizer=Path(prepared), fsync=fsync, say=say)
             _verify(opened, stage.folder, summary, verify=verify, rounded_to=dtype, say=say)
-        if fsync:
-            sync(output.resolve().parent)
-    with _completed(output):
+    with completed(output):
         if report_file:
             write_report(report_file, summary)
         say(closing_words(summary))
@@ -133,18 +135,14 @@ def _prepare_tokenizer(source: Source, target: Target, folder: Path) -> list[str
 
 
 def _write(
-    source: Source, stage: Stage, summary: Summary, *, tokenizer: Path, fsync: bool, say: Callable[[str], None]
+    source: Source, journal: Journal, summary: Summary, *, tokenizer: Path, fsync: bool, say: Callable[[str], None]
 ) -> None:
     """Weights with their index, then what makes the folder a model, then its manifest."""
-    plan, folder, begin = summary.plan, stage.folder, time.monotonic()
-    journal = Journal(folder, fingerprint(source, plan))
+    plan, folder, begin = summary.plan, journal.folder, time.monotonic()
     with _failures_of_the_disk(source, summary.output):
         journal.resume(workers=summary.workers, say=say)
         summary.resumed = len(journal.finished)
-        try:
-            findings = write_weights(source, plan, journal, workers=summary.workers, fsync=fsync)
-        finally:
-            stage.finished = (len(journal.finished), len(plan.shards))
+        findings = write_weights(source, plan, journal, workers=summary.workers, fsync=fsync)
         if len(plan.shards) > 1:
             write_json(folder / INDEX, index_of(plan.shards))
         write_json(folder / CONFIG, plan.config)
@@ -190,13 +188,3 @@ def _verify(
         say("  verify    logits: running torch and Paddle on the same ids, both in float32")
         nonfinite = summary.nonfinite  # such weights were found and named
         summary.verified.append(verify_logits(source, folder, rounded_to=rounded_to, nonfinite_weights=nonfinite))
-
-
-@contextmanager
-def _completed(output: Path) -> Iterator[None]:
-    """What stops a run now no longer undoes it, and carries a note that says so."""
-    try:
-        yield
-    except (KeyboardInterrupt, BrokenPipeError) as error:
-        error.add_note(f"The model in {output} is complete.")
-        raise

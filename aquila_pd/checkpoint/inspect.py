@@ -6,16 +6,14 @@ from collections import Counter
 
 from ..errors import CheckpointError, report
 from ..families import AUTO, FAMILIES
-from ..shards import DEFAULT_SHARD_SIZE, DTYPES
+from ..shards import DEFAULT_SHARD_SIZE, DTYPES, FLOATS
 from .hub import find_input
 from .manifest import MANIFEST, check_manifest
 from .pipeline import count_workers
-from .plan import DTYPE_NAMES, describe_model, describe_output, make_plan, megabytes
+from .plan import describe_model, describe_output, make_plan, megabytes
 from .progress import counted
-from .sources import PADDLE, Source, open_source
-from .targets import PADDLE as TO_PADDLE
-from .targets import TORCH as TO_TORCH
-from .targets import find_target
+from .sources import Source, open_source
+from .targets import PADDLE, TORCH, find_target
 from .terminal import run
 
 KINDS = {
@@ -33,7 +31,7 @@ def describe_source(source: Source) -> str:
     nbytes: Counter = Counter()
     counts: Counter = Counter()
     for stored in source.tensors.values():
-        kind = stored.packed or DTYPE_NAMES.get(stored.dtype, stored.dtype)
+        kind = stored.packed or FLOATS.get(stored.dtype, stored.dtype)
         counts[kind] += 1
         nbytes[kind] += 0 if stored.packed else math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
     kinds = [
@@ -58,7 +56,7 @@ def inspect(text: str, *, family: str = AUTO, check: bool = False) -> None:
     """
     with open_source(find_input(text), family, may_be_planned=True) as source:
         print(describe_source(source))
-        target = find_target(TO_TORCH if source.framework == PADDLE else TO_PADDLE)
+        target = find_target(TORCH if source.framework == PADDLE else PADDLE)
         plan = make_plan(source, target, dtype=None, max_shard_size=DEFAULT_SHARD_SIZE)
         for label, line in describe_output(plan):
             print(f"  {'would be' if label == 'output' else label:<8}  {line}")

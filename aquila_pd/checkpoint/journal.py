@@ -9,10 +9,11 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 
-from ..files import write_json
+from ..errors import OutputError
+from ..files import JSON_ERRORS, hash_file, write_json
 from ..versions import VERSION
 from .pipeline import in_order
 from .plan import Plan
@@ -25,12 +26,10 @@ LOCK = "conversion.lock"  # held by the run that writes here
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard that is written: its hash; names of source tensors -> how many NaN or infinite values they hold, and how
-    many values the new dtype cannot hold."""
+    """A shard that is written: its hash; names of source tensors -> how many NaN or infinite values they hold."""
 
     sha256: str
     nonfinite: dict[str, int] = field(default_factory=dict)
-    overflowed: dict[str, int] = field(default_factory=dict)
 
 
 class Journal:
@@ -39,60 +38,76 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: dict):
         self.folder, self._fingerprint = folder, fingerprint
         self.finished: dict[str, Finished] = {}
+        self.other = ""  # in what the conversion differs that finished shards in this folder
+        self._claimed, self._why_not = self._read()  # what an earlier run says; nothing is believed yet
+
+    @property
+    def worth_keeping(self) -> int:
+        """How many shards a later run may be able to use, among them those not yet looked at."""
+        return len({**self._claimed, **self.finished}) or bool(self.other)
 
     def record(self, file: str, finished: Finished, *, fsync: bool = False) -> None:
         """Note a shard that lies in the folder under its own name."""
+        self._write({**self.finished, file: finished}, fsync=fsync)
         self.finished[file] = finished
-        self._write(fsync=fsync)
 
     def resume(self, *, workers: int, say: Callable[[str], None]) -> None:
-        """Take over what an earlier run finished, remove the rest of what it left, and say which."""
-        claimed, why_not = self._claimed()
-        if why_not and self._left_over():
-            say(f"  restarted an earlier run was not finished, but {why_not}: it is done again from the beginning")
-        for path in self._left_over():
-            if path.name not in claimed:
-                _remove(path)
-        if claimed:
-            self._check(claimed, workers=workers, say=say)
-        self._write()
+        """Take over what an earlier run finished, remove the rest of what it left, and say which.
 
-    def _claimed(self) -> tuple[dict[str, Finished], str]:
-        """The shards an earlier journal calls finished, or why it is of no use."""
+        Raises OutputError when finished shards of another conversion lie there: they may be the work of a night.
+        """
+        if self.other:
+            raise OutputError(
+                f"{self.folder} holds finished shards of an earlier run, but {self.other} "
+                f"{'are' if ' and ' in self.other else 'is'} not the same now. Nothing was changed.\n"
+                f"Give the command of that run again to go on after them, or remove {self.folder} to start afresh."
+            )
+        rest = [path for path in self.folder.iterdir() if path.name not in {LOCK, JOURNAL, *self._claimed}]
+        if self._why_not and (rest or (self.folder / JOURNAL).exists()):
+            say(
+                f"  restarted an earlier run was not finished, but {self._why_not}: it is done again from the beginning"
+            )
+        for path in rest:
+            _remove(path)
+        if self._claimed:
+            self._check(workers=workers, say=say)
+        self._write(self.finished)
+
+    def _read(self) -> tuple[dict[str, Finished], str]:
+        """The shards an earlier journal calls finished, and why it is of no use."""
         try:
             found = json.loads((self.folder / JOURNAL).read_text("utf-8"))
-            theirs = found["for"]
+            theirs = dict(found["for"])
             claimed = {str(file): Finished(**finished) for file, finished in found["finished"].items()}
         except FileNotFoundError:
             return {}, "left no journal"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, *JSON_ERRORS, KeyError, TypeError, AttributeError):
             return {}, "its journal is damaged"
+        claimed = {f: done for f, done in claimed.items() if Path(f).name == f and (self.folder / f).is_file()}
         differing = [key for key, value in self._fingerprint.items() if theirs.get(key) != value]
-        if differing:
-            return {}, f"{' and '.join(differing)} {'have' if len(differing) > 1 else 'has'} changed since"
-        return {f: done for f, done in claimed.items() if Path(f).name == f and (self.folder / f).is_file()}, ""
+        self.other = " and ".join(differing) if claimed else ""
+        return (claimed, "") if not differing else ({}, "another conversion began it")
 
-    def _left_over(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if path.name != LOCK]
-
-    def _check(self, claimed: dict[str, Finished], *, workers: int, say: Callable[[str], None]) -> None:
-        sizes = {file: (self.folder / file).stat().st_size for file in claimed}
-        progress = Progress("check", total=sum(sizes.values()), tensors=len(claimed), what="shard")
-        hashes = in_order(lambda file: (file, hash_file(self.folder / file)), sorted(claimed), workers=workers)
+    def _check(self, *, workers: int, say: Callable[[str], None]) -> None:
+        """Believe those claims whose files have the right hash."""
+        sizes = {file: (self.folder / file).stat().st_size for file in self._claimed}
+        progress = Progress("check", total=sum(sizes.values()), tensors=len(sizes), what="shard")
+        hashes = in_order(lambda file: (file, hash_file(self.folder / file)), sorted(sizes), workers=workers)
         for file, digest in hashes:
             progress.advance(sizes[file])
-            if digest == claimed[file].sha256:
-                self.finished[file] = claimed[file]
+            if digest == self._claimed[file].sha256:
+                self.finished[file] = self._claimed[file]
             else:
                 say(f"  damaged   {file}, finished by an earlier run, has another hash now: it is written again")
+                del self._claimed[file]
                 _remove(self.folder / file)
         progress.close()
         if self.finished:
             say(f"  resumed   {counted(len(self.finished), 'shard')} finished by an earlier run, hashes checked")
 
-    def _write(self, *, fsync: bool = False) -> None:
-        finished = {file: asdict(self.finished[file]) for file in sorted(self.finished)}
-        write_json(self.folder / JOURNAL, {"for": self._fingerprint, "finished": finished}, fsync=fsync)
+    def _write(self, finished: dict[str, Finished], *, fsync: bool = False) -> None:
+        lines = {file: asdict(finished[file]) for file in sorted(finished)}
+        write_json(self.folder / JOURNAL, {"for": self._fingerprint, "finished": lines}, fsync=fsync)
 
 
 def fingerprint(source: Source, plan: Plan) -> dict:
@@ -112,10 +127,12 @@ def fingerprint(source: Source, plan: Plan) -> dict:
     }
 
 
-def hash_file(path: Path) -> str:
-    """The sha256 of a file in hex digits, read in pieces."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+def read_fingerprint(folder: Path) -> object:
+    """What the journal in a folder is for; None when it cannot be read."""
+    try:
+        return json.loads((folder / JOURNAL).read_text("utf-8"))["for"]
+    except (OSError, *JSON_ERRORS, KeyError, TypeError):
+        return None
 
 
 def _remove(path: Path) -> None:

@@ -80,7 +80,7 @@ def _gguf_file(path: Path) -> Layout:
 
 def _gguf_folder(folder: Path) -> Layout:
     found = sorted(folder.glob("*.gguf"))
-    if len(found) == 1:
+    if len(found) == 1 and found[0].name.isprintable():  # no name is printed that would steer the terminal
         return _gguf_file(found[0])
     if found:
         names = ", ".join(files.shown(file.name) for file in found)

@@ -6,9 +6,8 @@ It holds no time, path or machine: the same weights and options give the same ma
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files import read_object, write_json
+from ..files import hash_file, read_object, write_json
 from ..versions import NAME, VERSION
-from .journal import hash_file
 from .pipeline import in_order
 from .plan import Plan
 

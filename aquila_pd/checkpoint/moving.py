@@ -45,10 +45,11 @@ class Counts:
 
 
 def move(source: np.ndarray, target: np.ndarray) -> Counts:
-    """Write source into target, C-contiguous and of the same shape [R, C] or [C], in target's dtype.
+    """Write source into target, of the same shape [R, C] or [C] and with contiguous rows, in target's dtype.
 
-    A source that is a transposed view is turned on the way, block by block. Casting rounds to nearest even; what
-    overflows becomes infinite and is counted. Pages of a mapped source are let go as they are passed.
+    A source that is a transposed view is turned on the way, block by block. Casting rounds to nearest even (float64 to
+    bfloat16 by way of float32); what overflows becomes infinite and is counted. Pages of a mapped source are let go as
+    they are passed.
     """
     counts = Counts()
     if source.ndim != 2:
@@ -74,7 +75,8 @@ def move(source: np.ndarray, target: np.ndarray) -> Counts:
 def _cast(block: np.ndarray, dtype: np.dtype, counts: Counts) -> np.ndarray:
     clean = all_finite(block)
     if not clean:
-        counts.nonfinite += int(block.size - np.count_nonzero(np.isfinite(block)))
+        with np.errstate(invalid="ignore"):  # a signalling NaN is a value like any other here
+            counts.nonfinite += int(block.size - np.count_nonzero(np.isfinite(block)))
     if block.dtype == dtype:
         return block
     with np.errstate(over="ignore", invalid="ignore"):
@@ -87,7 +89,8 @@ def _cast(block: np.ndarray, dtype: np.dtype, counts: Counts) -> np.ndarray:
 def all_finite(values: np.ndarray) -> bool:
     """Whether no value is NaN or infinite. Two maxima over the bits of a 16-bit float, which numpy does quickly."""
     if values.dtype.name not in SPECIAL or not values.size or values.strides[-1] != values.itemsize:
-        return bool(np.isfinite(values).all())
+        with np.errstate(invalid="ignore"):
+            return bool(np.isfinite(values).all())
     positive, negative = SPECIAL[values.dtype.name]
     bits = values.view(np.int16)
     return int(bits.max()) < positive and int(bits.view(np.uint16).max()) < negative

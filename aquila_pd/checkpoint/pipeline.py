@@ -16,17 +16,16 @@ Task, Result = TypeVar("Task"), TypeVar("Result")
 MEMORY = 96 * 2**20  # bytes of all buffers together, whatever the number of workers
 LARGEST = 24 * 2**20  # bytes of one buffer; larger ones gain nothing
 AHEAD = 2  # buffers beyond one per worker: one being written, one waiting
-MOST_WORKERS = 64
+MOST_WORKERS = 8  # one thread hashes and writes, so that more have nothing to do
 
 
 def count_workers(asked: int | None) -> int:
-    """The number of threads: as asked, by default the cores this process may use. Raises ConfigError."""
+    """The number of threads: as asked, by default the cores this process may use, at most 8. Raises ConfigError."""
+    if asked is not None and asked < 1:
+        raise ConfigError(f"The number of workers is {asked}; it must be at least 1.")
     if asked is None:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(usable, MOST_WORKERS)
-    if not 1 <= asked <= MOST_WORKERS:
-        raise ConfigError(f"The number of workers is {asked}; choose 1 to {MOST_WORKERS}.")
-    return asked
+        asked = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(asked, MOST_WORKERS)
 
 
 def buffer_size(workers: int) -> int:

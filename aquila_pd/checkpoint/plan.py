@@ -8,19 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from .. import shards
-from ..errors import CheckpointError, ConfigError, report
+from ..errors import CheckpointError, ConfigError, report, shown_value
 from ..shards import Entry, Shard
 from ..weight_map import EMBEDDING, HEAD, Weight, weights, why_dropped
 from .ids import GENERATION_CONFIG, generation_ids, reconcile, tokenizer_ids
 from .layout import read_json
 from .progress import counted
-from .sources import PADDLE, Source
-from .targets import TORCH, Target
+from .sources import Source
+from .targets import PADDLE, TORCH, Target
 
-TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-NAMES = {tag: name for name, tag in TAGS.items()}
-DTYPE_NAMES = {**NAMES, "F64": "float64"}
-AS_STORED = {**{tag: tag for tag in NAMES}, "F64": "F32"}  # Paddle models have no double precision
+TAGS = {name: tag for tag, name in shards.FLOATS.items() if tag != "F64"}  # Paddle models have no double precision
+AS_STORED = {**{tag: tag for tag in TAGS.values()}, "F64": "F32"}
 TIED_REASON = "the config ties the head to the embedding, and the two are equal"
 
 
@@ -71,7 +69,15 @@ def generation_config(source: Source, fields: dict, ids: dict[str, int], framewo
     samples = theirs.get(key) == value
     keys = GENERATION_KEYS + (SAMPLING_KEYS if samples else ())
     kept = {key: theirs[key] for key in keys if theirs.get(key) is not None}
+    odd = [f"{key} is {shown_value(value)}, not a number" for key, value in kept.items() if not _is_number(value)]
+    if odd:
+        advice = "Nothing was written. Mend the file in a copy of the source, or fetch it again."
+        raise CheckpointError(report(f"{GENERATION_CONFIG} has options that cannot be:", odd, advice))
     return {**found, **(dict([DOES_SAMPLE[framework]]) if samples else {}), **kept}, warnings
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def make_plan(source: Source, target: Target, *, dtype: str | None, max_shard_size: str | int) -> Plan:
@@ -136,7 +142,8 @@ def compare(source: Source, wanted: list[Weight], dropped: set[str]) -> list[str
 
 def _about_chat_template(source: Source) -> list[str]:
     name = source.family.chat_template(source.fields)
-    return [f"chat template {name} is recorded where the source has none of its own"] if name else []
+    said = f"chat template {name}, guessed from the vocabulary, is recorded where the source has none of its own"
+    return [said] if name else []
 
 
 def _check_direction(source: Source, target: Target) -> None:
@@ -181,10 +188,13 @@ def _check_tied_head(source: Source) -> list[tuple[str, str]]:
 
 
 def _equal_rows(source: Source, rows: int = 1024) -> bool:
-    """Whether head and embedding are equal, without a temporary of their size."""
-    (count, _), other = source.tensors[HEAD.hf].shape, source.tensors[EMBEDDING.hf].shape
+    """Whether head and embedding hold the same bits (NaN too), without a temporary of their size."""
+    head, embedding = source.tensors[HEAD.hf], source.tensors[EMBEDDING.hf]
+    count = head.shape[0]
     pairs = ([source.read(name, slice(i, i + rows)) for name in (HEAD.hf, EMBEDDING.hf)] for i in range(0, count, rows))
-    return (count, _) == other and all(np.array_equal(a, b) for a, b in pairs)
+    return (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+        np.array_equal(shards.bits(a), shards.bits(b)) for a, b in pairs
+    )
 
 
 def _main_dtype(entries: list[Entry]) -> str:
@@ -192,7 +202,7 @@ def _main_dtype(entries: list[Entry]) -> str:
     counts: Counter = Counter()
     for entry in entries:
         counts[entry.dtype] += entry.nbytes
-    return NAMES[counts.most_common(1)[0][0]]
+    return shards.FLOATS[counts.most_common(1)[0][0]]
 
 
 def describe(plan: Plan, output: Path) -> str:

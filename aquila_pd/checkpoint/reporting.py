@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 from ..errors import OutputError
+from ..files import hash_file
 from ..shards import write_json
-from .journal import hash_file
 from .manifest import MANIFEST
 from .output import nearest_parent
 from .plan import Plan, megabytes

@@ -13,15 +13,15 @@ import numpy as np
 
 from ..errors import CheckpointError, report
 from ..files import sync
-from ..shards import DTYPES, Entry, Shard, write_shard
+from ..shards import DTYPES, FLOATS, Entry, Shard, write_shard
 from .journal import Finished, Journal
 from .moving import Counts, move, parts
 from .pipeline import Buffers, in_order
-from .plan import NAMES, Plan
+from .plan import Plan
 from .progress import Progress, counted
-from .sources import ALL, Source
+from .sources import Source
 
-UNPACKED = 4  # bytes of a value while it is unpacked; such parts are cut by this size so that they stay small
+UNPACKED = 4  # bytes of a value while it is unpacked; rows of such a part are unpacked at once
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def write_weights(source: Source, plan: Plan, journal: Journal, *, workers: int,
 
 def _parts(source: Source, plan: Plan, shard: Shard, most: int) -> Iterator[Part]:
     for entry in shard.entries:
-        packed = source.tensors[plan.moves[entry.name].hf].packed
-        itemsize = DTYPES[entry.dtype].itemsize
-        cut = list(parts(entry.shape, max(itemsize, UNPACKED) if packed else itemsize, most))
+        weight, itemsize = plan.moves[entry.name], DTYPES[entry.dtype].itemsize
+        if source.tensors[weight.hf].packed and not plan.target.turns(weight):
+            itemsize = max(itemsize, UNPACKED)
+        cut = list(parts(entry.shape, itemsize, most))
         yield from (Part(entry, rows, rows is cut[-1]) for rows in cut)
 
 
@@ -79,11 +80,12 @@ def _make(source: Source, plan: Plan, part: Part, buffers: Buffers) -> Made:
     nbytes = int(np.prod(part.shape)) * dtype.itemsize
     buffer = buffers.take(nbytes)
     region = buffer[:nbytes].view(dtype).reshape(part.shape)
-    if plan.target.turns(weight):
-        tensor = source.read(weight.hf, ALL, part.rows).T
-    else:
-        tensor = source.read(weight.hf, part.rows)
-    return Made(part, buffer, nbytes, move(tensor, region))
+    if not plan.target.turns(weight):
+        return Made(part, buffer, nbytes, move(source.read(weight.hf, part.rows), region))
+    counts = Counts()
+    for some in source.tiles(weight.hf):
+        counts.add(move(source.read(weight.hf, some, part.rows).T, region[:, some]))
+    return Made(part, buffer, nbytes, counts)
 
 
 def _write(
@@ -116,14 +118,13 @@ def _write(
         sync(journal.folder)
     nonfinite = {name: counts.nonfinite for name, counts in found.items() if counts.nonfinite}
     overflowed = {name: counts.overflowed for name, counts in found.items() if counts.overflowed}
-    journal.record(shard.file, Finished(digest, nonfinite, overflowed), fsync=fsync)
+    if overflowed:  # not after the last shard, which may be hours away
+        raise CheckpointError(_overflow_report(plan, overflowed))
+    journal.record(shard.file, Finished(digest, nonfinite), fsync=fsync)
 
 
 def _findings(plan: Plan, journal: Journal) -> list[str]:
     finished = [journal.finished[shard.file] for shard in plan.shards]
-    overflows = {name: n for done in finished for name, n in done.overflowed.items()}
-    if overflows:
-        raise CheckpointError(_overflow_report(plan, overflows))
     return [
         f"{name} holds {n} NaN or infinite values; they were kept"
         for done in finished
@@ -134,11 +135,11 @@ def _findings(plan: Plan, journal: Journal) -> list[str]:
 def _overflow_report(plan: Plan, overflows: dict[str, int]) -> str:
     tags = {plan.moves[entry.name].hf: entry.dtype for shard in plan.shards for entry in shard.entries}
     lines = [
-        f"overflow    {name}: {counted(n, 'value')} too large for {NAMES[tags[name]]}" for name, n in overflows.items()
+        f"overflow    {name}: {counted(n, 'value')} too large for {FLOATS[tags[name]]}" for name, n in overflows.items()
     ]
     advice = {
         "F16": "Use --dtype bfloat16, which has the range of float32.",
         "BF16": "Use --dtype float32.",
     }.get(tags[next(iter(overflows))], "No dtype of a Paddle model can hold them; look at the source.")
     headline = f"{plan.source} holds values that would become infinite:"
-    return report(headline, lines, f"Nothing was kept. {advice}")
+    return report(headline, lines, f"Later shards were not looked at. {advice}")

@@ -10,11 +10,12 @@ from ...errors import CheckpointError, report
 from ...families.base import dims
 from ...families.dialect import rotate_half_rows
 from ..layout import Layout, find_layout, read_config
+from ..targets import PADDLE, TORCH
 from .paddle import PaddleReader, is_paddle
 from .planned import PlannedReader
 from .reader import ALL, Reader, Stored
 
-TORCH, PADDLE = "torch", "paddle"
+UNPACKED_ROWS = 4096  # of a few hundred columns each: some megabytes of float32
 
 
 class Source:
@@ -50,6 +51,13 @@ class Source:
         first, last = begin // size, -(-end // size)  # whole heads, then cut
         part = self._reader.read(name, slice(first * size, last * size), columns)
         return rotate_half_rows(part, last - first)[begin - first * size : end - first * size]
+
+    def tiles(self, hf_name: str) -> list[slice]:
+        """Rows to read at once where all rows of some columns are wanted: all, or few when they have to be unpacked."""
+        rows = self.tensors[hf_name].shape[0]
+        if not self.tensors[hf_name].packed:
+            return [slice(0, rows)]
+        return [slice(begin, min(begin + UNPACKED_ROWS, rows)) for begin in range(0, rows, UNPACKED_ROWS)]
 
     @property
     def files(self) -> list[Path]:

@@ -90,8 +90,7 @@ class GGUFReader:
 
     def _mapped(self, tensor) -> np.ndarray:
         """The bytes of a tensor, in a map of its own that can be released without taking another thread's pages."""
-        begin = int(tensor.data_offset)
-        return np.memmap(self._path, np.uint8, "r", begin, (int(tensor.n_bytes),))
+        return shards.map_bytes(self._path, int(tensor.data_offset), int(tensor.n_bytes))
 
     def _unpack(self, tensor, shape: tuple[int, ...], rows: slice, columns: slice) -> np.ndarray:
         """Part of a packed tensor as float32. Each row is a chain of blocks: whole blocks are unpacked, then cut."""

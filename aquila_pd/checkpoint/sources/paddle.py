@@ -6,7 +6,7 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ...families.dialect import Dialect
-from ...weight_map import BASE_MODEL_PREFIX, HF_PREFIX, is_transposed
+from ...weight_map import BASE_MODEL_PREFIX, EMBEDDING, HEAD, HF_PREFIX, is_transposed
 from .reader import ALL, Reader, Stored
 
 # Aquila's, of the published release and of ours, and that of PaddleNLP's own LLaMA; both store matrices as [in, out]
@@ -32,17 +32,23 @@ class PaddleReader:
             raise CheckpointError(
                 f"The Paddle checkpoint holds tensors of two models ({' and '.join(PREFIXES)}). Remove one of them."
             )
-        self.stored = {hf: _turned(hf, reader.stored[name]) for hf, name in self._names.items()}
+        self._turned = {hf for hf in self._names if is_transposed(hf) and not self._is_tied_head(hf)}
+        self.stored = {hf: self._in_hf_layout(hf, reader.stored[name]) for hf, name in self._names.items()}
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
-        if is_transposed(name):
+        if name in self._turned:
             return self._reader.read(self._names[name], columns, rows).T
         return self._reader.read(self._names[name], rows, columns)
 
     def close(self) -> None:
         self._reader.close()
 
+    def _is_tied_head(self, hf: str) -> bool:
+        """PaddleNLP stores a head that is tied once more, in the embedding's layout."""
+        embedding = self._names.get(EMBEDDING.hf)
+        shapes = [self._reader.stored[name].shape for name in (self._names[hf], embedding) if name]
+        return hf == HEAD.hf and len(shapes) == 2 and shapes[0] == shapes[1]
 
-def _turned(hf: str, stored: Stored) -> Stored:
-    shape = stored.shape[::-1] if is_transposed(hf) else stored.shape
-    return Stored(stored.dtype, shape, stored.file, stored.packed)
+    def _in_hf_layout(self, hf: str, stored: Stored) -> Stored:
+        shape = stored.shape[::-1] if hf in self._turned else stored.shape
+        return Stored(stored.dtype, shape, stored.file, stored.packed)

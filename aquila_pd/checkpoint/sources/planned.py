@@ -5,10 +5,11 @@ import numpy as np
 from ...errors import CheckpointError
 from ...families.base import Family, dims
 from ...families.dialect import Dialect
+from ...shards import FLOATS
 from ...weight_map import weights
 from .reader import ALL, Stored
 
-TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+TAGS = {name: tag for tag, name in FLOATS.items()}
 NOWHERE = "a file that is not there yet"
 
 

@@ -67,7 +67,7 @@ class Place:
         if not math.prod(self.shape):
             return np.empty(self.shape, dtype)  # an empty map is an error of the operating system
         reach = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
-        whole = np.memmap(self.file, np.uint8, "r", self.offset, (reach + dtype.itemsize,))
+        whole = shards.map_bytes(self.file, self.offset, reach + dtype.itemsize)
         return np.ndarray(self.shape, dtype, whole, strides=self.strides)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ... import shards
 from ...errors import VerificationError, report
-from ...shards import DTYPES, TensorInfo
+from ...shards import DTYPES, FLOATS, TensorInfo
 from ...weight_map import Weight, weights
 from ..moving import parts
 from ..pipeline import buffer_size, in_order
@@ -23,8 +23,7 @@ from ..targets import PADDLE, Target, find_target
 from .result import Verified
 
 BLOCK = 512  # rows and columns compared at a time; both sides of a transposed block fit the cache
-NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-EXACT = {*((tag, tag) for tag in NAMES), ("F16", "F32"), ("BF16", "F32")}  # casts that keep every value
+EXACT = {*((tag, tag) for tag in FLOATS), ("F16", "F32"), ("BF16", "F32")}  # casts that keep every value
 
 
 @dataclass
@@ -66,7 +65,7 @@ def verify_content(source: Source, output: Path, *, target: Target | None = None
         headline = f"The output does not hold what {source.path} holds (worst first):"
         raise VerificationError(report(headline, findings, "Convert again; report it if it repeats."))
     pairs = {(source.tensors[weight.hf].dtype, held[name].dtype) for name, weight in wanted.items()}
-    rounded = sorted(NAMES[to] for _, to in pairs - EXACT)
+    rounded = sorted(FLOATS[to] for _, to in pairs - EXACT)
     after = f" after rounding to {' and '.join(dict.fromkeys(rounded))}" if rounded else ""
     values = sum(d.compared for d in found.values())
     assert values == sum(math.prod(weight.hf_shape) for weight in wanted.values())
