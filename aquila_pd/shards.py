@@ -26,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 SHARDS = "model-*-of-*.safetensors"
 DEFAULT_SHARD_SIZE = "5GB"
+LARGEST_SHARD = 10**15  # bytes; beyond is a slip of the finger
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 DTYPES = {
@@ -319,7 +320,7 @@ def parse_size(text: str | int) -> int:
     """Bytes of "5GB" (decimal, as Hugging Face counts), "500MB", "2GiB" or a plain number. Raises ConfigError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMGT]?i?B)?)\s*", str(text), re.IGNORECASE)
     unit = (match[2].upper() or "B") if match else ""
-    if unit not in UNITS or float(match[1]) * UNITS[unit] < 1:
+    if unit not in UNITS or not 1 <= float(match[1]) * UNITS[unit] <= LARGEST_SHARD:
         raise ConfigError(f"The size {text!r} cannot be read. Write a number and a unit, such as 5GB, 500MB or 2GiB.")
     return int(float(match[1]) * UNITS[unit])
 

@@ -352,14 +352,16 @@ def test_output_that_exists(source, tmp_path, refused):
 
 
 def test_overwrite_does_not_delete_what_it_did_not_make(source, tmp_path, refused):
-    (tmp_path / "out" / "photos").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("mine")
+    assert "it holds no conversion-manifest.json" in refused("--overwrite")
+    shutil.rmtree(tmp_path / "out")
+    assert main(["--input", str(source), "--output", str(tmp_path / "out")]) == 0
+    (tmp_path / "out" / "photos").mkdir()
     (tmp_path / "out" / "photos" / "one.jpg").write_text("mine")
     message = refused("--overwrite")
     assert "is not replaced, although --overwrite says so" in message
-    assert "it holds the folder photos, which no conversion writes" in message
-    shutil.rmtree(tmp_path / "out" / "photos")
-    (tmp_path / "out" / "letter.txt").write_text("mine")
-    assert "it holds no converted model" in refused("--overwrite")
+    assert "it holds photos, which the conversion did not write" in message
 
 
 def test_failing_overwrite_keeps_the_earlier_output(source, tmp_path, refused, monkeypatch):

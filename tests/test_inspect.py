@@ -105,6 +105,7 @@ def test_a_path_that_exists_is_never_asked_for_on_the_hub(tmp_path, monkeypatch)
     (tmp_path / "BAAI" / "Aquila2-7B").mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("it asked"))
     assert hub.find_input("BAAI/Aquila2-7B") == Path("BAAI/Aquila2-7B")
+    assert hub.find_input("BAAI/Aquila2-8B") == Path("BAAI/Aquila2-8B")  # a slip in a folder that is here
     for text in ("/somewhere/else/folder", "name", "a/b/c", "../a/b", "./a/b"):
         assert hub.find_input(text) == Path(text)
 
@@ -113,12 +114,23 @@ def test_a_hub_id_is_fetched_and_converted(source, tmp_path, monkeypatch, capsys
     asked = []
 
     def download(repo_id, **options):
-        asked.append((repo_id, "*.safetensors" in options["allow_patterns"]))
+        asked.append((repo_id, options["allow_patterns"]))
         return str(source)
 
+    names = ["config.json", "model-00001-of-00001.safetensors", "pytorch_model.bin", "original/x.safetensors", "a.md"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, repo_id: names)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert to_paddle(["--input", "BAAI/Aquila2-7B", "--output", str(tmp_path / "out")]) == 0
-    assert asked == [("BAAI/Aquila2-7B", True)]
+    argv = ["--input", "BAAI/Aquila2-7B", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        to_paddle([*argv, "--dtype", "int3"])
+    assert to_paddle([*argv, "--workers", "0"]) == 1
+    assert asked == []  # nothing is fetched for a command that cannot run
+    assert to_paddle([*argv, "--dry-run"]) == 0
+    assert to_paddle(argv) == 0
+    assert asked == [
+        ("BAAI/Aquila2-7B", ["config.json"]),
+        ("BAAI/Aquila2-7B", ["config.json", "model-00001-of-00001.safetensors"]),
+    ]
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_said(tmp_path, monkeypatch, capsys):

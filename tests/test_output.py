@@ -77,12 +77,79 @@ def test_overwrite_never_replaces_a_hugging_face_folder(source, tmp_path, run, c
     original = factory.write_safetensors(tmp_path / "original", factory.config(), factory.weights(factory.config()))
     before = factory.snapshot(tmp_path)
     assert run("--overwrite", place=original) == 1
-    assert "it holds no converted model (config.json and modeling_aquila_pd.py together)" in capsys.readouterr().err
+    assert "it holds no conversion-manifest.json, which every conversion writes" in capsys.readouterr().err
     (original / "modeling_aquila_pd.py").write_text("")  # not even with our code beside its weights
     assert run("--overwrite", place=original) == 1
-    assert "none of its tensors has a Paddle name" in capsys.readouterr().err
+    assert "it holds no conversion-manifest.json" in capsys.readouterr().err
     (original / "modeling_aquila_pd.py").unlink()
     assert factory.snapshot(tmp_path) == before
+
+
+def test_overwrite_replaces_what_this_command_made_unless_it_was_changed(source, tmp_path, run, capsys):
+    for options in ((), ("--architecture", "llama")):
+        assert run(*options, place=tmp_path / "mine") == 0
+        assert run(*options, "--overwrite", place=tmp_path / "mine") == 0
+        shutil.rmtree(tmp_path / "mine")
+    assert run() == 0
+    config = tmp_path / "out" / "config.json"
+    config.write_text(config.read_text().replace("1e-05", "1e-06"))  # as a fine-tuned model saved over it may
+    before = factory.snapshot(tmp_path)
+    assert run("--overwrite") == 1
+    assert "it holds config.json, which was changed since the conversion" in capsys.readouterr().err
+    assert factory.snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("staged", ["out.partial", "out.partial/deep"])
+def test_a_source_in_the_staging_folder_is_never_touched(tmp_path, capsys, staged):
+    source = factory.write_safetensors(tmp_path / staged, factory.config(), factory.weights(factory.config()))
+    before = factory.snapshot(tmp_path)
+    assert main(["--input", str(source), "--output", str(tmp_path / "out")]) == 1
+    assert "belongs to the source, which is never written to" in capsys.readouterr().err
+    assert factory.snapshot(tmp_path) == before
+
+
+def test_somebody_elses_folder_of_the_staging_folders_name_is_kept(tmp_path, run, capsys):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    before = factory.snapshot(tmp_path)
+    assert run() == 1
+    assert "holds 1 files that no conversion wrote, thesis.txt first" in capsys.readouterr().err
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "other.partial").symlink_to(tmp_path / "elsewhere")
+    assert run(place=tmp_path / "other") == 1
+    assert "is no folder" in capsys.readouterr().err
+    assert factory.snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said(tmp_path, run, capsys, monkeypatch, number):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    assert run() == 0
+    assert f"the file system of {tmp_path} has no locks" in capsys.readouterr().out
+
+
+def test_a_new_disk_counts_as_empty(tmp_path, run):
+    (tmp_path / "out" / "lost+found").mkdir(parents=True)
+    assert run() == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not strays(tmp_path)
+
+
+def test_a_source_that_changes_while_it_is_read_is_no_model(source, tmp_path, run, capsys, monkeypatch):
+    write = converter.write_weights
+
+    def meanwhile(*args, **kwargs):
+        found = write(*args, **kwargs)
+        factory.write_safetensors(source, factory.config(), factory.weights(factory.config(), seed=1))
+        return found
+
+    monkeypatch.setattr(converter, "write_weights", meanwhile)
+    assert run("--verify", "none") == 1
+    assert "changed while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not strays(tmp_path)
 
 
 def test_overwrite_lists_the_files_it_did_not_write(tmp_path, run, capsys):
@@ -93,8 +160,8 @@ def test_overwrite_lists_the_files_it_did_not_write(tmp_path, run, capsys):
     before = factory.snapshot(tmp_path)
     assert run("--overwrite") == 1
     message = capsys.readouterr().err
-    assert "it holds notes.txt, which no conversion writes" in message
-    assert "it holds model-best.safetensors, which no conversion writes" in message
+    assert "it holds notes.txt, which the conversion did not write" in message
+    assert "it holds model-best.safetensors, which the conversion did not write" in message
     assert "__pycache__" not in message
     assert factory.snapshot(tmp_path) == before
     for name in ("notes.txt", "model-best.safetensors"):

@@ -184,9 +184,11 @@ class Place:
         return len(ended.events)
 
     def journaled(self) -> list[str]:
-        """The shards the staging folder's journal calls finished, read without the product."""
-        path = self.partial / JOURNAL
-        return sorted(json.loads(path.read_text())["finished"]) if path.is_file() else []
+        """The shards a journal calls finished, read without the product: in the staging folder, wherever it is now."""
+        inside = self.output / self.partial.name  # where the output was an empty folder
+        places = [folder / JOURNAL for folder in (self.partial, inside, self.output)]
+        path = next((path for path in places if path.is_file()), None)
+        return sorted(json.loads(path.read_text())["finished"]) if path else []
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
@@ -457,22 +459,28 @@ def other_config(place: Place) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "reason"),
     [
-        (touch, (), "the source has changed since"),
-        (other_weights, (), "the source has changed since"),
-        (other_files, (), "the source has changed since"),
-        (other_config, (), "the plan has changed since"),
-        (None, ("--dtype", "float16"), "the plan has changed since"),
-        (None, ("--max-shard-size", "50KB"), "the plan has changed since"),
-        (None, ("--architecture", "llama"), "the plan has changed since"),
+        (touch, (), "the source is not the same now"),
+        (other_weights, (), "the source is not the same now"),
+        (other_files, (), "the source is not the same now"),
+        (other_config, (), "the plan is not the same now"),
+        (None, ("--dtype", "float16"), "the plan is not the same now"),
+        (None, ("--max-shard-size", "50KB"), "the plan is not the same now"),
+        (None, ("--architecture", "llama"), "the plan is not the same now"),
     ],
 )
-def test_what_changed_since_is_said_and_the_run_starts_afresh(place, change, options, reason):
+def test_finished_shards_of_another_conversion_are_never_thrown_away(place, change, options, reason):
     kill_in_second_shard(place)
+    before = factory.digests(place.partial)
     if change:
         change(place)
     again = place.run(*options)
-    assert (again.status, again.resumed) == (0, 0), again.err
-    assert f"  restarted an earlier run was not finished, but {reason}: it is done again" in again.out
+    assert again.status == 1
+    assert f"holds finished shards of an earlier run, but {reason}. Nothing was changed." in again.err
+    assert {name: digest for name, digest in factory.digests(place.partial).items() if "lock" not in name} == {
+        name: digest for name, digest in before.items() if "lock" not in name
+    }
+    shutil.rmtree(place.partial)  # as the message says
+    assert place.run(*options).status == 0
     assert differing(place.output, place.reference(*options)) == []
     assert place.names() == ["out", "source"]
 

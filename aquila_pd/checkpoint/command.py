@@ -6,7 +6,6 @@ from pathlib import Path
 from ..families import AUTO, FAMILIES
 from ..shards import DEFAULT_SHARD_SIZE
 from .convert import VERIFICATIONS, convert
-from .hub import find_input
 from .plan import TAGS
 from .targets import PADDLE, TORCH, architectures
 from .terminal import run
@@ -23,11 +22,17 @@ ARCHITECTURES = {
 }
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name; write . for the current folder")
+    return Path(text)
+
+
 def parser(framework: str) -> argparse.ArgumentParser:
     """The arguments of the conversion to a framework."""
     made = argparse.ArgumentParser(description=TO_PADDLE if framework == PADDLE else TO_TORCH)
     made.add_argument("--input", required=True, help=INPUTS[framework])
-    made.add_argument("--output", required=True, type=Path, help="folder to make")
+    made.add_argument("--output", required=True, type=_folder, help="folder to make")
     made.add_argument("--dtype", choices=list(TAGS), help="of the output (default: as stored; quantized: float32)")
     made.add_argument("--architecture", choices=architectures(framework), help=ARCHITECTURES[framework])
     made.add_argument(
@@ -76,7 +81,7 @@ def to_torch(argv: list[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace, framework: str) -> None:
     convert(
-        find_input(args.input),
+        args.input,
         args.output,
         framework=framework,
         architecture=args.architecture,

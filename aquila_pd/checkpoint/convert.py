@@ -9,11 +9,12 @@ from tempfile import TemporaryDirectory
 
 from .. import families, shards
 from ..chat_templates import TEMPLATES
-from ..errors import ConfigError, OutputError
+from ..errors import CheckpointError, ConfigError, OutputError
 from ..files import sync
 from ..shards import INDEX, index_of, write_json
 from .bundle import write_bundle
 from .estimate import estimate
+from .hub import find_input
 from .ids import GENERATION_CONFIG, check_vocabulary
 from .journal import Journal, fingerprint
 from .layout import CONFIG
@@ -50,6 +51,7 @@ def convert(
 ) -> Summary:
     """Convert a checkpoint. Nothing is written before the plan stands, and `output` appears only when it is complete.
 
+    source: a folder, a GGUF file, or the id of a model on the Hugging Face hub.
     framework: "paddle" makes a Paddle folder of a torch checkpoint, "torch" the other way round; architecture: of the
     output, see targets.py. dtype: of the output, None keeps what is stored. verify: "none", "content" (every value is
     read again and compared) or "logits" (content, and both frameworks run). workers: threads, None for one per core;
@@ -58,13 +60,13 @@ def convert(
     A run that was killed goes on after its last finished shard when it is called again.
     Raises an AquilaError: what was asked, what was found, what to do; its notes say what is left on the disk.
     """
-    source, output = Path(source), Path(output)
+    output = Path(output)
     report_file = Path(report_file) if report_file else None
     workers, target = count_workers(workers), find_target(framework, architecture)
     _check_verification(verify, target)
     shards.parse_size(max_shard_size)  # before a large source is opened
     with (
-        open_source(source, family, may_be_planned=dry_run) as opened,
+        open_source(find_input(source, weights=not dry_run), family, may_be_planned=dry_run) as opened,
         TemporaryDirectory(prefix="aquila_pd-") as prepared,
     ):
         plan = make_plan(opened, target, dtype=dtype, max_shard_size=max_shard_size)
@@ -88,6 +90,11 @@ def convert(
             journal = Journal(stage.folder, made_for)
             stage.finished, stage.count = lambda: journal.worth_keeping, len(plan.shards)
             _write(opened, journal, summary, tokenizer=Path(prepared), fsync=fsync, say=say)
+            if fingerprint(opened, plan) != made_for:
+                raise CheckpointError(
+                    f"{opened.path} changed while it was read: the output would be half of one model and half of "
+                    "another. Convert again when nobody writes to it any more."
+                )
             _verify(opened, stage.folder, summary, verify=verify, rounded_to=dtype, say=say)
     with completed(output):
         if report_file:

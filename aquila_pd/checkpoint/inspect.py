@@ -4,7 +4,7 @@ import argparse
 import math
 from collections import Counter
 
-from ..errors import CheckpointError, report
+from ..errors import CheckpointError, report, shown
 from ..families import AUTO, FAMILIES
 from ..shards import DEFAULT_SHARD_SIZE, DTYPES, FLOATS
 from .hub import find_input
@@ -54,7 +54,7 @@ def inspect(text: str, *, family: str = AUTO, check: bool = False) -> None:
 
     Raises an AquilaError for a checkpoint that cannot be read or does not fit its config.
     """
-    with open_source(find_input(text), family, may_be_planned=True) as source:
+    with open_source(find_input(text, weights=check), family, may_be_planned=True) as source:
         print(describe_source(source))
         target = find_target(TORCH if source.framework == PADDLE else PADDLE)
         plan = make_plan(source, target, dtype=None, max_shard_size=DEFAULT_SHARD_SIZE)
@@ -69,7 +69,9 @@ def inspect(text: str, *, family: str = AUTO, check: bool = False) -> None:
 
 
 def _check(source: Source) -> None:
-    agree, findings = check_manifest(source.path, workers=count_workers(None))
+    agree, findings, others = check_manifest(source.path, workers=count_workers(None))
+    for name in others:
+        print(f"  note      {shown(name)} is not in the manifest")
     if findings:
         headline = f"{source.path} is not what its manifest says:"
         raise CheckpointError(report(headline, findings, "Fetch the named files again, or convert again."))

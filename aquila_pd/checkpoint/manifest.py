@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..files import hash_file, read_object, write_json
 from ..versions import NAME, VERSION
+from .layout import CONFIG
 from .pipeline import in_order
 from .plan import Plan
 
@@ -32,20 +33,25 @@ def write_manifest(folder: Path, plan: Plan, hashes: dict[str, str], *, without:
 def read_manifest(folder: Path) -> dict:
     """File name -> {"bytes", "sha256"} of a folder with a manifest. Raises CheckpointError."""
     found = read_object(folder / MANIFEST, CheckpointError).get("files")
-    if not isinstance(found, dict) or not all(
-        isinstance(about, dict) and isinstance(about.get("sha256"), str) and Path(name).name == name
-        for name, about in found.items()
+    if (
+        not isinstance(found, dict)
+        or CONFIG not in found
+        or not all(
+            isinstance(about, dict) and isinstance(about.get("sha256"), str) and Path(name).name == name
+            for name, about in found.items()
+        )
     ):
         raise CheckpointError(f"{folder / MANIFEST} is not a manifest. Convert again, or fetch the folder again.")
     return found
 
 
-def check_manifest(folder: Path, *, workers: int) -> tuple[int, list[str]]:
-    """Hash every file a manifest names; return how many agree and a line for each that does not."""
+def check_manifest(folder: Path, *, workers: int) -> tuple[int, list[str], list[str]]:
+    """Hash every file a manifest names; how many agree, a line for each that does not, and files it does not name."""
     expected = read_manifest(folder)
     present = [name for name in sorted(expected) if (folder / name).is_file()]
     findings = [f"missing     {name}" for name in sorted(set(expected) - set(present))]
     hashes = in_order(lambda name: (name, hash_file(folder / name)), present, workers=workers)
     differing = [name for name, digest in hashes if digest != expected[name]["sha256"]]
     findings += [f"changed     {name}: its sha256 is not the manifest's" for name in differing]
-    return len(present) - len(differing), findings
+    others = sorted(path.name for path in folder.iterdir() if path.name not in {*expected, MANIFEST})
+    return len(present) - len(differing), findings, others

@@ -14,7 +14,10 @@ SPARE = 64 * 10**6  # bytes beside the weights: tokenizer, code, headers
 SMALL = 16 * 10**6  # bytes of a file that is hashed to see whether somebody changed it
 CACHE = "__pycache__"  # appears when the code in the folder is used
 PARTIAL = ".partial"
-OF_THE_RUN = (JOURNAL, LOCK)  # in the staging folder; no part of the model
+# In the staging folder, no part of the model; removed in this order, so that a journal without lock tells of a run
+# that was killed at its very end.
+OF_THE_RUN = (LOCK, JOURNAL)
+OF_THE_DISK = "lost+found"  # what a new ext4 disk holds
 
 
 def check_output(output: Path, source: Path, *, overwrite: bool, nbytes: int) -> None:
@@ -27,6 +30,7 @@ def check_output(output: Path, source: Path, *, overwrite: bool, nbytes: int) ->
         )
     if output in [folder, *folder.parents]:
         raise OutputError(f"The output {output} holds the source. Choose a folder outside of it.")
+    _check_staging_folder(output, source)
     if output.exists():
         check_existing(output, overwrite)
     place = output if is_empty_folder(output) else nearest_parent(output)
@@ -45,7 +49,25 @@ def check_output(output: Path, source: Path, *, overwrite: bool, nbytes: int) ->
 def staging_folder(output: Path) -> Path:
     """Where a conversion into `output` writes until it is complete: beside it, or in it when it is an empty folder."""
     output = output.resolve()
-    return (output if is_empty_folder(output) else output.parent) / f"{output.name}{PARTIAL}"
+    beside = output.with_name(f"{output.name}{PARTIAL}")
+    # an earlier run may have begun beside it, before somebody made the empty folder
+    return output / beside.name if is_empty_folder(output) and not (beside / JOURNAL).is_file() else beside
+
+
+def _check_staging_folder(output: Path, source: Path) -> None:
+    """Raise OutputError unless the staging folder is new, empty, or of an earlier run: what else it holds is lost."""
+    staged = staging_folder(output)
+    wanted = f"The conversion would be written to {staged} first, and that"
+    if staged == source or staged in source.parents or source in staged.parents:
+        raise OutputError(f"{wanted} belongs to the source, which is never written to. Choose another output.")
+    if staged.is_symlink() or (staged.exists() and not staged.is_dir()):
+        raise OutputError(f"{wanted} is no folder. Remove it, or choose another output.")
+    names = {path.name for path in staged.iterdir()} if staged.is_dir() else set()
+    if names and not names & set(OF_THE_RUN):
+        raise OutputError(
+            f"{wanted} holds {len(names)} files that no conversion wrote, {sorted(names)[0]} first. Remove it yourself "
+            "if you mean it, or choose another output."
+        )
 
 
 def _already_written(output: Path) -> int:
@@ -64,7 +86,8 @@ def is_empty_folder(output: Path) -> bool:
 
 def names_in(output: Path) -> list[str]:
     """What a folder holds, without the staging folder of a conversion into it."""
-    return sorted(path.name for path in output.iterdir() if path.name != f"{output.name}{PARTIAL}")
+    others = {f"{output.name}{PARTIAL}", OF_THE_DISK}
+    return sorted(path.name for path in output.iterdir() if path.name not in others)
 
 
 def check_existing(output: Path, overwrite: bool) -> None:

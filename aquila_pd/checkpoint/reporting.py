@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from ..errors import OutputError
+from ..errors import ConfigError, OutputError
 from ..files import hash_file
 from ..shards import write_json
 from .manifest import MANIFEST
@@ -69,6 +69,8 @@ def check_report(path: Path | None, source: Path, output: Path) -> None:
     """A report that cannot be written, or would cost somebody a file, should not cost a conversion."""
     if path is None:
         return
+    if path.suffix.lower() in (".html", ".htm"):
+        raise ConfigError(f"The report {path} would be JSON; pages are made by `aquila-pd verify --report`.")
     source, output = source.resolve(), output.resolve()
     place = path.resolve()
     parent = place.parent

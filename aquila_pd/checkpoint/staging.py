@@ -100,14 +100,18 @@ def _runs(pid: int) -> bool:
 # ------------------------------------------------------------------------------------------------ one at a time
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
+
+
 @contextmanager
-def _locked(folder: Path, output: Path) -> Iterator[None]:
+def _locked(folder: Path, output: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Make the folder and hold its lock, which the system lets go of however this process ends.
 
-    Raises OutputError when another run holds it, or nothing can be made there.
+    Raises OutputError when another run holds it, or nothing can be made there. Where the file system has no locks, the
+    run goes on without, and says so.
     """
     try:
-        descriptor = _open_lock(folder)
+        descriptor = _open_lock(folder, say)
     except BlockingIOError:
         raise OutputError(
             f"Another conversion is writing {output} ({_holder(folder)}). Wait for it, or choose another output."
@@ -124,12 +128,12 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_lock(folder: Path) -> int:
+def _open_lock(folder: Path, say: Callable[[str], None]) -> int:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, folder, say)
             # another run may have finished between the two lines above, and taken the file away with its folder
             if _same_file(descriptor, folder / LOCK):
                 os.ftruncate(descriptor, 0)
@@ -139,6 +143,15 @@ def _open_lock(folder: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path, say: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        say(f"  warning   the file system of {folder.parent} has no locks: see that no other run writes there")
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -163,8 +176,8 @@ def _is_held(folder: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+    except OSError as error:
+        return error.errno not in NO_LOCKS
     finally:
         os.close(descriptor)
     return False
@@ -194,10 +207,12 @@ def staging(
     fsync: the names of all files are on the disk before the output appears, and it itself when the block has ended.
     """
     output = output.resolve()
-    into = is_empty_folder(output)
     stage = Stage(staging_folder(output))
+    into = stage.folder.parent == output
     made = [parent for parent in output.parents if not parent.exists()]
-    with _locked(stage.folder, output):
+    with _locked(stage.folder, output, say):
+        for folder in [stage.folder.parent, *(parent.parent for parent in made)] if fsync else []:
+            sync(folder)
         try:
             yield stage
             if fsync:
@@ -207,11 +222,14 @@ def staging(
             error.add_note(_after_error(stage, output, error, made))
             raise
         with completed(output):
-            for folder in [output, output.parent] if fsync else []:
-                sync(folder)
-            _remove_files_of_the_run(stage.folder if into else output)
-            if into:
-                stage.folder.rmdir()
+            try:
+                # the earlier output is on the disk; what replaces it has to be there too before it goes
+                for path in [*output.iterdir(), output, output.parent] if fsync or aside else []:
+                    sync(path)
+            finally:
+                _remove_files_of_the_run(stage.folder if into else output)
+                if into:
+                    stage.folder.rmdir()
     if aside is not None:
         _remove_replaced(aside, output, say)
 
@@ -229,6 +247,7 @@ def completed(output: Path) -> Iterator[None]:
 def _after_error(stage: Stage, output: Path, error: BaseException, made: list[Path]) -> str:
     """Keep or remove the folder after an error; what is left, in a sentence."""
     if not stage.folder.exists():  # the rename was done when the interruption came
+        _remove_files_of_the_run(output)
         return f"The model in {output} is complete."
     done = stage.finished()
     if done and not isinstance(error, FINAL):
@@ -242,8 +261,12 @@ def _after_error(stage: Stage, output: Path, error: BaseException, made: list[Pa
 
 
 def _remove_files_of_the_run(folder: Path) -> None:
-    for name in OF_THE_RUN:
-        (folder / name).unlink(missing_ok=True)
+    try:
+        for name in OF_THE_RUN:
+            (folder / name).unlink(missing_ok=True)
+    except KeyboardInterrupt:  # the folder is complete: it is not left with one of them
+        _remove_files_of_the_run(folder)
+        raise
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -22,7 +22,7 @@ def is_paddle(names: list[str]) -> bool:
 class PaddleReader:
     """Wraps the reader of a Paddle folder: another spelling of names, and matrices turned (a view, not a copy)."""
 
-    dialect: Dialect | None = None  # names are Hugging Face's already
+    dialect = Dialect("Paddle")  # what this reader hands out has Hugging Face's names
 
     def __init__(self, reader: Reader):
         self._reader = reader
