@@ -1,14 +1,17 @@
 """GGUF files, parsed once for all who read from them: weights, configuration and tokenizer.
 
-The gguf package parses; it believes every length and count a file says. So the header is gone through here first, with
-nothing believed: what it refuses would have filled the memory, taken for ever, or been read as something else.
+The header is read here and nothing in it is believed: what is refused would have filled the memory, taken for ever, or
+been read as something else. The gguf package, which knows the quantizations, makes objects of a kilobyte for each value
+of the vocabulary, 250 MB in all; here a value takes its own bytes.
 """
 
 import math
 import mmap
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakValueDictionary
+
+import numpy as np
 
 from .errors import CheckpointError, InstallationError, report
 from .files import refuse_lfs_pointer, shown
@@ -19,15 +22,15 @@ UNNAMED = (None, "default")  # a converter that did not recognise the splitting 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4  # of ggml
+MAX_TEXT = 2**24  # bytes; a chat template, the longest, has some thousands
 MAX_NAME = 255  # bytes of a key or of a tensor's name; ggml has 64 for the second
-# Values in all lists together; a vocabulary of 150,000 has 600,000 with its types and merges. The gguf package makes an
-# object or two of each, about a kilobyte, so that a list of bytes would become a thousand times as large.
-MOST_VALUES = 1_000_000
+MOST_VALUES = 1_000_000  # in all lists together; a vocabulary of 150,000 has 600,000 with its types and merges
 ALIGNMENT = "general.alignment"
 
 STRING, ARRAY, UINT32 = 8, 9, 4
-# kind of metadata -> bytes of a value
-SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, UINT32: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# kind of metadata -> what a value is to numpy
+_SPELLED = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {kind: np.dtype(spelled) for kind, spelled in _SPELLED.items()}
 WHOLE = {0, 1, 2, 3, UINT32, 5, 10, 11}
 TEXT, TEXTS, NUMBER, NUMBERS = "a text", "a list of texts", "a whole number", "a list of whole numbers"
 # What the readers of this package rely on. The sizes, llama.*, are checked by the family like those of a config.json.
@@ -47,8 +50,35 @@ EXPECTED = {
     "llama.context_length": NUMBER,
 }
 
-# Parsing takes seconds, most of them for the vocabulary. Weak: the file is unmapped when its last reader lets go.
+# Parsed once, also for the tokenizer. Weak: the vocabulary goes when its last reader lets go.
 _open: WeakValueDictionary = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor: its kind is a gguf.GGMLQuantizationType; shape as the file has it, the innermost dimension first;
+    data_offset: of its first byte in the file."""
+
+    name: str
+    tensor_type: object
+    shape: tuple[int, ...]
+    path: Path
+    data_offset: int
+    n_bytes: int
+
+    @property
+    def data(self) -> np.ndarray:
+        """Its bytes, mapped: [..., rows, bytes of a row]."""
+        mapped = np.memmap(self.path, np.uint8, "r", self.data_offset, (self.n_bytes,))
+        return mapped.reshape(*reversed(self.shape[1:]), -1)
+
+
+@dataclass
+class GGUFFile:
+    """A parsed header. fields: key of the metadata -> value; texts are bytes until somebody wants them (read_value)."""
+
+    fields: dict[str, object] = field(default_factory=dict)
+    tensors: list[GGUFTensor] = field(default_factory=list)
 
 
 class _Header:
@@ -80,50 +110,52 @@ class _Header:
             raise ValueError(f"'{shown(name)}' is no name")
         return name
 
-    def value(self) -> str | None:
-        """Go past a value and its kind; return which of the expected it is."""
+    def text(self) -> bytes:
+        length = self.number(8)
+        if length > MAX_TEXT:
+            raise ValueError(f"a text of {length:,} bytes at byte {self.place:,}")
+        begin = self.skip(length)
+        return self.data[begin : self.place]
+
+    def value(self) -> tuple[str | None, object]:
+        """The next value, and which of the expected it is. Texts come as bytes, lists of numbers as arrays."""
         kind = self.number(4)
         if kind == STRING:
-            self.skip(self.number(8))
-            return TEXT
+            return TEXT, self.text()
         if kind == ARRAY:
             return self._array()
-        self.skip(self._size(kind))
-        return NUMBER if kind in WHOLE else None
+        return (NUMBER if kind in WHOLE else None), self._numbers(kind, 1)[0].item()
 
-    def _array(self) -> str | None:
+    def _array(self) -> tuple[str | None, object]:
         kind, count = self.number(4), self.number(8)
         self._values_left -= count
         if self._values_left < 0:
             raise ValueError(f"a list of {count:,} values; all together may have {MOST_VALUES:,}")
-        if kind != STRING:
-            self.skip(count * self._size(kind))
-            return NUMBERS if kind in WHOLE else None
-        for _ in range(count):
-            self.skip(self.number(8))
-        return TEXTS
+        if kind == STRING:
+            return TEXTS, [self.text() for _ in range(count)]
+        return (NUMBERS if kind in WHOLE else None), self._numbers(kind, count)
 
-    def _size(self, kind: int) -> int:
+    def _numbers(self, kind: int, count: int) -> np.ndarray:
         if kind not in SCALARS:  # lists in lists are among them: no reader has a use for those
             raise ValueError(f"metadata of the unknown kind {kind} before byte {self.place:,}")
-        return SCALARS[kind]
+        begin = self.skip(count * SCALARS[kind].itemsize)
+        return np.frombuffer(self.data[begin : self.place], SCALARS[kind])
 
 
-def check_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> None:
-    """Raise CheckpointError unless the header is one and every tensor has a place in the file for itself.
-
-    sizes: kind of tensor -> (values in a block, bytes of a block).
-    """
+def _parse(path: Path, gguf) -> GGUFFile:
+    """Read a header, in which every tensor has a place in the file for itself. Raises CheckpointError."""
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = _Header(data)
             tensors, keys = _read_counts(header)
-            findings, alignment = _read_metadata(header, keys)
-            findings += _read_tensors(header, tensors, alignment=alignment, sizes=sizes)
+            file = GGUFFile()
+            findings, alignment = _read_metadata(header, keys, file)
+            findings += _read_tensors(header, tensors, file, path=path, alignment=alignment, gguf=gguf)
     except ValueError as error:  # a name that is not UTF-8 is one too, and an empty file
         raise _damaged(path, error) from error
     if findings:
         raise CheckpointError(report(f"{path} is damaged or cut off:", findings, "Fetch the file again."))
+    return file
 
 
 def _read_counts(header: _Header) -> tuple[int, int]:
@@ -139,29 +171,31 @@ def _read_counts(header: _Header) -> tuple[int, int]:
     return header.number(8), header.number(8)
 
 
-def _read_metadata(header: _Header, count: int) -> tuple[list[str], int]:
-    """What is wrong with the metadata, and the alignment of tensors that it says."""
-    findings, alignment = [], 32
+def _read_metadata(header: _Header, count: int, file: GGUFFile) -> tuple[list[str], int]:
+    """Fill in the metadata; what is wrong with it, and the alignment of tensors that it says."""
+    findings = []
     for _ in range(count):
         key, begin = header.name(), header.place
-        found = header.value()
+        found, file.fields[key] = header.value()
         if found != EXPECTED.get(key, found):
             findings.append(f"its metadata {key} is not {EXPECTED[key]}")
-        if key == ALIGNMENT:
-            kind, alignment = (int.from_bytes(header.data[at : at + 4], "little") for at in (begin, begin + 4))
-            if kind != UINT32 or not alignment or alignment & (alignment - 1):
-                raise ValueError(f"{ALIGNMENT} is not a power of two")
+        if key == ALIGNMENT and header.data[begin : begin + 4] != UINT32.to_bytes(4, "little"):
+            raise ValueError(f"{ALIGNMENT} is not of its kind")
+    alignment = file.fields.get(ALIGNMENT, 32)
+    if not alignment or alignment & (alignment - 1):
+        raise ValueError(f"{ALIGNMENT} is not a power of two")
     return findings, alignment
 
 
-def _read_tensors(header: _Header, count: int, *, alignment: int, sizes: Mapping[int, tuple[int, int]]) -> list[str]:
-    """What is wrong with the tensors: each begins at a multiple of the alignment, behind the one before it."""
-    findings, places = [], []
+def _read_tensors(header: _Header, count: int, file: GGUFFile, *, path: Path, alignment: int, gguf) -> list[str]:
+    """Fill in the tensors; what is wrong: each begins at a multiple of the alignment, behind the one before it."""
+    findings, found = [], []
+    sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
     for _ in range(count):
         name, dimensions = header.name(), header.number(4)
         if not 1 <= dimensions <= MOST_DIMENSIONS:
             raise ValueError(f"{name} has {dimensions:,} dimensions")
-        shape = [header.number(8) for _ in range(dimensions)]
+        shape = tuple(header.number(8) for _ in range(dimensions))
         kind, offset = header.number(4), header.number(8)
         values, nbytes = sizes.get(kind, (0, 0))
         if not values:
@@ -169,8 +203,15 @@ def _read_tensors(header: _Header, count: int, *, alignment: int, sizes: Mapping
         elif shape[0] % values or offset % alignment:
             findings.append(f"{name} is no whole number of blocks of {values}, or not at a multiple of {alignment}")
         else:
-            places.append((offset, math.prod(shape) // values * nbytes, name))
-    return findings + _misplaced(places, len(header.data) + -header.place // alignment * alignment)
+            found.append((offset, math.prod(shape) // values * nbytes, name, kind, shape))
+    begin = -(-header.place // alignment) * alignment  # of what is behind the header
+    file.tensors = [
+        GGUFTensor(name, gguf.GGMLQuantizationType(kind), shape, path, begin + offset, nbytes)
+        for offset, nbytes, name, kind, shape in found
+    ]
+    twice = len({tensor.name for tensor in file.tensors}) < len(found)
+    findings += ["it holds tensors of one name twice"] if twice else []
+    return findings + _misplaced([place[:3] for place in found], len(header.data) - begin)
 
 
 def _misplaced(places: list[tuple[int, int, str]], size: int) -> list[str]:
@@ -186,8 +227,8 @@ def _misplaced(places: list[tuple[int, int, str]], size: int) -> list[str]:
     return findings
 
 
-def open_gguf(path: Path):
-    """The gguf.GGUFReader of a file, the same one for everybody as long as somebody holds it and the file is the same.
+def open_gguf(path: Path) -> GGUFFile:
+    """The header of a file, the same one for everybody as long as somebody holds it and the file is the same.
 
     Raises InstallationError without the gguf package, CheckpointError for a damaged file.
     """
@@ -197,23 +238,21 @@ def open_gguf(path: Path):
     key = (path.resolve(), status.st_mtime_ns, status.st_size)
     file = _open.get(key)
     if file is None:
-        check_header(path, {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()})
-        try:
-            file = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-            raise _damaged(path, error) from error
-        _open[key] = file
+        file = _open[key] = _parse(path, gguf)
     return file
 
 
-def read_value(file, key: str, path: Path) -> object:
-    """The metadata under a key, None when it is not there. Raises CheckpointError for one that cannot be decoded."""
-    if key not in file.fields:
-        return None
+def read_value(file: GGUFFile, key: str, path: Path) -> object:
+    """The metadata under a key as Python has it, None when it is not there. Raises CheckpointError for undecodable."""
+    found = file.fields.get(key)
     try:
-        return file.fields[key].contents()
-    except (ValueError, IndexError, TypeError) as error:  # a string that is not UTF-8 is a ValueError
+        if isinstance(found, bytes):
+            return found.decode("utf-8")
+        if isinstance(found, list):
+            return [text.decode("utf-8") for text in found]
+    except UnicodeDecodeError as error:
         raise _damaged(path, error, place=f"its metadata {key} ") from error
+    return found.tolist() if isinstance(found, np.ndarray) else found
 
 
 def pre_tokenizer_note(pre: object) -> str | None:

@@ -196,9 +196,10 @@ def test_gguf_that_does_not_name_its_pre_tokenizer_is_noted_in_the_plan(tmp_path
 def test_closed_gguf_is_no_longer_mapped(tmp_path):
     path = factory.write_gguf(tmp_path / "tiny.gguf", factory.config(), factory.weights(factory.config()))
     with open_source(path) as source:
-        source.read("model.norm.weight")
+        tensor = source.read("model.norm.weight")
         maps = Path("/proc/self/maps")
         assert not maps.exists() or str(path) in maps.read_text()
+        del tensor
     assert not maps.exists() or str(path) not in maps.read_text()
 
 

@@ -13,6 +13,7 @@ from ..errors import CheckpointError, ConfigError, OutputError
 from ..files import sync
 from ..shards import INDEX, index_of, write_json
 from .bundle import write_bundle
+from .describe import describe, describe_shards
 from .estimate import estimate
 from .hub import find_input
 from .ids import GENERATION_CONFIG, check_vocabulary
@@ -21,7 +22,7 @@ from .layout import CONFIG
 from .manifest import read_manifest, write_manifest
 from .output import OF_THE_RUN, check_output
 from .pipeline import count_workers
-from .plan import Plan, describe, describe_shards, make_plan
+from .plan import Plan, make_plan
 from .reporting import Summary, check_report, closing_words, write_report
 from .sources import Source, open_source
 from .staging import completed, staging, undo_killed
@@ -72,8 +73,7 @@ def convert(
         plan = make_plan(opened, target, dtype=dtype, max_shard_size=max_shard_size)
         warnings = [*plan.warnings, *_prepare_tokenizer(opened, target, Path(prepared))]
         summary = Summary(plan, output, workers, warnings=warnings)
-        say(describe(plan, output))
-        _say_warnings(warnings, say)
+        say("\n".join([describe(plan, output), *_as_lines(warnings)]))
         made_for = fingerprint(opened, plan)
         for line in _details(plan, workers) if dry_run else undo_killed(output, made_for):
             say(line)
@@ -90,11 +90,6 @@ def convert(
             journal = Journal(stage.folder, made_for)
             stage.finished, stage.count = lambda: journal.worth_keeping, len(plan.shards)
             _write(opened, journal, summary, tokenizer=Path(prepared), fsync=fsync, say=say)
-            if fingerprint(opened, plan) != made_for:
-                raise CheckpointError(
-                    f"{opened.path} changed while it was read: the output would be half of one model and half of "
-                    "another. Convert again when nobody writes to it any more."
-                )
             _verify(opened, stage.folder, summary, verify=verify, rounded_to=dtype, say=say)
     with completed(output):
         if report_file:
@@ -114,9 +109,8 @@ def _check_verification(verify: str, target: Target) -> None:
         raise ConfigError("--verify logits runs our own Paddle decoder. Use --verify content for this output.")
 
 
-def _say_warnings(warnings: list[str], say: Callable[[str], None]) -> None:
-    for warning in warnings:
-        say(f"  warning   {warning}")
+def _as_lines(warnings: list[str]) -> list[str]:
+    return [f"  warning   {warning}" for warning in warnings]
 
 
 def _prepare_tokenizer(source: Source, target: Target, folder: Path) -> list[str]:
@@ -160,13 +154,23 @@ def _write(
             write_bundle(folder)
         hashes = {file: finished.sha256 for file, finished in journal.finished.items()}
         write_manifest(folder, plan, hashes, without=set(OF_THE_RUN))
+        _check_unchanged(source, plan, journal)
         for path in sorted(folder.iterdir()) if fsync else []:
             sync(path)
-    _say_warnings(findings, say)
+    for line in _as_lines(findings):
+        say(line)
     summary.warnings += findings
     summary.nonfinite = bool(findings)
     summary.seconds = time.monotonic() - begin
     summary.files = read_manifest(folder)
+
+
+def _check_unchanged(source: Source, plan: Plan, journal: Journal) -> None:
+    if fingerprint(source, plan) != journal.made_for:
+        raise CheckpointError(
+            f"{source.path} changed while it was read: the output would be half of one model and half of another. "
+            "Convert again when nobody writes to it any more."
+        )
 
 
 @contextmanager

@@ -7,11 +7,12 @@ from collections import Counter
 from ..errors import CheckpointError, report, shown
 from ..families import AUTO, FAMILIES
 from ..shards import DEFAULT_SHARD_SIZE, DTYPES, FLOATS
+from .describe import describe_model, describe_output
 from .hub import find_input
 from .manifest import MANIFEST, check_manifest
 from .pipeline import count_workers
-from .plan import describe_model, describe_output, make_plan, megabytes
-from .progress import counted
+from .plan import make_plan
+from .progress import counted, megabytes
 from .sources import Source, open_source
 from .targets import PADDLE, TORCH, find_target
 from .terminal import run

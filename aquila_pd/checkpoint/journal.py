@@ -33,10 +33,10 @@ class Finished:
 
 
 class Journal:
-    """Finished shards of one staging folder, by file name."""
+    """Finished shards of one staging folder, by file name. made_for: the fingerprint of the conversion."""
 
-    def __init__(self, folder: Path, fingerprint: dict):
-        self.folder, self._fingerprint = folder, fingerprint
+    def __init__(self, folder: Path, made_for: dict):
+        self.folder, self.made_for = folder, made_for
         self.finished: dict[str, Finished] = {}
         self.other = ""  # in what the conversion differs that finished shards in this folder
         self._claimed, self._why_not = self._read()  # what an earlier run says; nothing is believed yet
@@ -84,7 +84,7 @@ class Journal:
         except (OSError, *JSON_ERRORS, KeyError, TypeError, AttributeError):
             return {}, "its journal is damaged"
         claimed = {f: done for f, done in claimed.items() if Path(f).name == f and (self.folder / f).is_file()}
-        differing = [key for key, value in self._fingerprint.items() if theirs.get(key) != value]
+        differing = [key for key, value in self.made_for.items() if theirs.get(key) != value]
         self.other = " and ".join(differing) if claimed else ""
         return (claimed, "") if not differing else ({}, "another conversion began it")
 
@@ -107,7 +107,7 @@ class Journal:
 
     def _write(self, finished: dict[str, Finished], *, fsync: bool = False) -> None:
         lines = {file: asdict(finished[file]) for file in sorted(finished)}
-        write_json(self.folder / JOURNAL, {"for": self._fingerprint, "finished": lines}, fsync=fsync)
+        write_json(self.folder / JOURNAL, {"for": self.made_for, "finished": lines}, fsync=fsync)
 
 
 def fingerprint(source: Source, plan: Plan) -> dict:

@@ -11,6 +11,10 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
+def megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
 def duration(seconds: float) -> str:
     """A time for people: 8 s, 3 min 5 s, 2 h 10 min."""
     whole = round(seconds)

@@ -12,8 +12,8 @@ from ..files import hash_file
 from ..shards import write_json
 from .manifest import MANIFEST
 from .output import nearest_parent
-from .plan import Plan, megabytes
-from .progress import counted
+from .plan import Plan
+from .progress import counted, megabytes
 from .verify import Verified
 
 VERSIONS_OF = ("aquila_pd", "numpy", "ml_dtypes", "torch", "transformers", "gguf", "paddlepaddle", "paddlenlp")

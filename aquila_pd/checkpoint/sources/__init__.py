@@ -15,7 +15,7 @@ from .paddle import PaddleReader, is_paddle
 from .planned import PlannedReader
 from .reader import ALL, Reader, Stored
 
-UNPACKED_ROWS = 4096  # of a few hundred columns each: some megabytes of float32
+UNPACKED_ROWS = 2048  # of a few hundred columns each: some megabytes of float32
 
 
 class Source:

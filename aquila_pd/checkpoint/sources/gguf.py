@@ -90,7 +90,7 @@ class GGUFReader:
 
     def _mapped(self, tensor) -> np.ndarray:
         """The bytes of a tensor, in a map of its own that can be released without taking another thread's pages."""
-        return shards.map_bytes(self._path, int(tensor.data_offset), int(tensor.n_bytes))
+        return shards.map_bytes(self._path, tensor.data_offset, tensor.n_bytes)
 
     def _unpack(self, tensor, shape: tuple[int, ...], rows: slice, columns: slice) -> np.ndarray:
         """Part of a packed tensor as float32. Each row is a chain of blocks: whole blocks are unpacked, then cut."""
@@ -117,7 +117,7 @@ class GGUFReader:
         findings = []
         for name, tensor in self._tensors.items():
             kind = tensor.tensor_type.name
-            shape = tuple(int(n) for n in reversed(tensor.shape))
+            shape = tensor.shape[::-1]
             if kind not in NATIVE and not self._can_unpack(tensor.tensor_type):
                 findings.append(f"{name} is packed as {kind}")
             native = kind in NATIVE
