@@ -3,6 +3,7 @@
 q [in][out], zeros [groups][out] and scales [groups, out] are made up; the weight they mean is computed from them alone.
 """
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -71,6 +72,37 @@ def random_integers(rng: np.random.Generator, rows: int, columns: int, bits: int
 
 def random_scales(rng: np.random.Generator, groups: int, columns: int) -> np.ndarray:
     return (rng.random((groups, columns)) * 0.02 + 0.001).astype(np.float16)
+
+
+def nf4(
+    rng: np.random.Generator, shape: tuple[int, int], *, blocksize: int = 64, nested: int | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The tensors of a weight by what follows its module's name, and the weight; the product of sizes is even.
+
+    nested: the blocksize of magnitudes that are packed themselves.
+    """
+    count = shape[0] * shape[1]
+    blocks = -(-count // blocksize)
+    table = np.sort(rng.normal(size=16)).astype(np.float32)
+    state = {"quant_type": "nf4", "blocksize": blocksize, "dtype": "float16", "shape": list(shape)}
+    absmax = (rng.random(blocks) * 0.1 + 0.01).astype(np.float32)
+    parts = {"absmax": absmax, "quant_map": table}
+    if nested:
+        codes, inner = rng.integers(0, 256, blocks, np.uint8), rng.normal(size=256).astype(np.float32)
+        scales = (rng.random(-(-blocks // nested)) * 0.1).astype(np.float32)
+        state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": 0.1875}
+        parts |= {"absmax": codes, "nested_absmax": scales, "nested_quant_map": inner}
+        absmax = [inner[code] * scales[i // nested] + np.float32(0.1875) for i, code in enumerate(codes.tolist())]
+    packed = rng.integers(0, 256, count // 2, np.uint8)
+    values = nf4_values(packed.tobytes(), table.tolist(), list(absmax), blocksize)
+    parts["quant_state.bitsandbytes__nf4"] = as_bytes(state)
+    members = {"weight": packed[:, None], **{f"weight.{kind}": part for kind, part in parts.items()}}
+    return members, np.array(values, np.float32).reshape(shape)
+
+
+def as_bytes(state: dict) -> np.ndarray:
+    """JSON as bitsandbytes keeps it in a tensor."""
+    return np.frombuffer(json.dumps(state).encode(), np.uint8)
 
 
 def nf4_values(packed: bytes, table: list[float], absmax: list[float], blocksize: int) -> list[np.float32]:

@@ -15,7 +15,7 @@ import checkpoint_factory as factory
 import numpy as np
 import pytest
 
-from aquila_pd import files, gguf_file, shards
+from aquila_pd import errors, files, gguf_file, shards
 from aquila_pd.checkpoint.convert import convert
 from aquila_pd.errors import AquilaError, CheckpointError
 from aquila_pd.files import read_object
@@ -211,6 +211,8 @@ def test_tensor_name_that_cannot_be_printed_is_shown_escaped(source, text):
 def test_control_the_escaping_is_what_keeps_the_terminal_safe(source, monkeypatch):
     change_header(source / SINGLE, lambda header: header.update({"\x1b[2J": header[NORM]}))
     monkeypatch.setattr(shards, "shown", str)
+    assert "[2J" in refusal(source)  # errors escape once more by themselves
+    monkeypatch.setattr(errors, "printable", str)
     with pytest.raises(AssertionError, match="steer a terminal"):
         refusal(source)
 

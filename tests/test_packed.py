@@ -11,8 +11,10 @@ import numpy as np
 import packers
 import pytest
 
+from aquila_pd import shards
+from aquila_pd.checkpoint.convert import convert
 from aquila_pd.checkpoint.sources import open_source, packed
-from aquila_pd.checkpoint.sources.packed import awq, gptq
+from aquila_pd.checkpoint.sources.packed import awq, gptq, survey
 from aquila_pd.checkpoint.sources.reader import ALL, Reader
 from aquila_pd.checkpoint.sources.safetensors import SafetensorsReader
 from aquila_pd.errors import CheckpointError
@@ -174,6 +176,31 @@ def test_symmetric_zero_points_show_a_wrong_label(tmp_path, bits, label, less):
     assert f"({version} zeros)" in reader.notes[0]
 
 
+def test_zero_points_show_a_wrong_label_also_where_sym_is_not_said(tmp_path):
+    sample = Sample(less=0, zeros=[[8] * OUT] * 2)
+    reader = opened(write(tmp_path, named(sample.members), without(GPTQ, "sym")))
+    np.testing.assert_array_equal(reader.read(f"{X}.weight"), sample.meant)
+    assert "they are read as v2" in reader.notes[1]
+
+
+@pytest.mark.parametrize(
+    "label, less",
+    [
+        ({"format": "gptq_v2"}, 0),
+        ({"format": "GPTQ_V2"}, 0),
+        ({"checkpoint_format": "GPTQ_v2"}, 0),
+        ({"checkpoint_format": "GPTQ"}, 1),
+        ({"format": "GPTQ"}, 1),
+        ({"format": None, "checkpoint_format": None}, 1),
+    ],
+    ids=str,
+)
+def test_the_label_has_two_keys_and_no_case(tmp_path, label, less):
+    sample = Sample(less=less)
+    found = opened(write(tmp_path, named(sample.members), {**GPTQ, **label})).read(f"{X}.weight")
+    np.testing.assert_array_equal(found, sample.meant)
+
+
 @pytest.mark.parametrize("label, less", [("gptq", 1), ("gptq_v2", 0)])
 def test_a_right_label_is_not_remarked_on(tmp_path, label, less):
     sample = Sample(less=less, zeros=[[8] * OUT] * 2)
@@ -226,6 +253,33 @@ def test_biases_of_zeros_are_left_out_and_others_are_named(tmp_path, sample):
     filled[-1] = 0.5
     message = refusal(write(tmp_path / "filled", named({**sample.members, "bias": filled}), said))
     assert f"{X}.bias is not zero" in message
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+@pytest.mark.parametrize(
+    "bias", [np.zeros(OUT + 1, np.float16), np.zeros((1, OUT), np.float16), np.zeros(OUT, np.int64), np.float16(0)]
+)
+def test_a_bias_of_another_shape_is_named_and_not_looked_through(tmp_path, sample, kind, bias):
+    members, said = (sample.members, {**GPTQ, "group_size": 64}) if kind == "gptq" else (sample.awq, AWQ)
+    message = refusal(write(tmp_path, named({**members, "bias": np.array(bias)}), said))
+    assert f"{X}.bias is " in message and f"F16 or BF16 or F32 [{OUT}] was due" in message
+
+
+@pytest.mark.parametrize(
+    "place, group, found", [(7, -1, "-1 to 3"), (0, -4, "-4 to 3"), (255, 4, "0 to 4"), (3, 2**31 - 1, "0 to 214748")]
+)
+def test_groups_that_do_not_exist_are_named(tmp_path, sample, place, group, found):
+    wrong = np.array(sample.members["g_idx"])
+    wrong[place] = group
+    message = refusal(write(tmp_path, named({**sample.members, "g_idx": wrong}), {**GPTQ, "group_size": 64}))
+    assert f"{X}.g_idx names the groups {found}" in message
+
+
+@pytest.mark.parametrize("size", [IN + 1, 2**31 - 1])
+def test_a_group_larger_than_a_matrix_is_one_group(tmp_path, size):
+    sample = Sample(size=-1)
+    found = opened(write(tmp_path, named(sample.members), {**GPTQ, "group_size": size})).read(f"{X}.weight")
+    np.testing.assert_array_equal(found, sample.meant)
 
 
 # -------------------------------------------------------------------------------------------------------- AWQ
@@ -315,6 +369,93 @@ def test_biases_beside_nf4_are_ordinary_tensors(tmp_path, bnb):
     assert f"{X}.bias" in opened(write(tmp_path, named(members), NF4)).stored
 
 
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def changed_state(members: dict, **changes: object) -> dict:
+    """NF4 members with another description; values as JSON has them, NaN and Infinity too."""
+    return {**members, STATE: packers.as_bytes({**json.loads(members[STATE].tobytes()), **changes})}
+
+
+@pytest.mark.parametrize(
+    "changes, found",
+    [
+        ({"blocksize": 63}, "blocksize = 63"),
+        ({"blocksize": 96}, "blocksize = 96"),
+        ({"blocksize": 2**13}, "blocksize = 8192"),
+        ({"blocksize": 2**45}, "blocksize = 35184372088832"),
+        ({"blocksize": 64.0}, "blocksize = 64.0"),
+        ({"blocksize": True}, "blocksize = True"),
+        ({"blocksize": [64]}, "blocksize = [64]"),
+        ({"nested_blocksize": 100}, "nested_blocksize = 100"),
+        ({"nested_blocksize": 2**60}, "nested_blocksize = 1152921504606846976"),
+        ({"nested_blocksize": 0}, "nested_blocksize = 0"),
+        ({"nested_offset": float("nan")}, "nested_offset = nan"),
+        ({"nested_offset": float("inf")}, "nested_offset = inf"),
+        ({"nested_offset": 1e39}, "nested_offset = 1e+39"),
+        ({"nested_offset": 10**400}, "nested_offset = 1000"),
+        ({"nested_offset": None}, "nested_offset = None"),
+        ({"shape": [OUT]}, f"shape = [{OUT}]"),
+        ({"shape": [OUT, float(IN)]}, f"shape = [{OUT}, {IN}.0]"),
+        ({"shape": [-OUT, -IN]}, f"shape = [-{OUT}, -{IN}]"),
+        ({"shape": [0, IN]}, f"shape = [0, {IN}]"),
+        ({"shape": [2**70, 1]}, "shape = [1180591620717411303424, 1]"),
+        ({"shape": [2**50, 2**50]}, "was due"),
+        ({"quant_type": ["nf4"]}, "quant_type = ['nf4']"),
+        ({"filler": " " * 5000}, "blocksize = None"),
+        ({"filler": [[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]}, "blocksize = None"),
+    ],
+    ids=str,
+)
+def test_a_description_of_nf4_that_cannot_be_is_named(tmp_path, changes, found):
+    members, _ = packers.nf4(np.random.default_rng(2), (OUT, IN), nested=256)
+    message = refusal(write(tmp_path, named(changed_state(members, **changes)), NF4))
+    assert found in message
+    assert len(message) < 2500
+
+
+@pytest.mark.parametrize("dtype", [["float16"], {"a": 1}, None, 7, "float\x1b[2J"], ids=str)
+def test_a_strange_dtype_in_a_description_of_nf4_is_no_matter(tmp_path, dtype):
+    members, meant = packers.nf4(np.random.default_rng(2), (OUT, IN), nested=256)
+    reader = opened(write(tmp_path, named(changed_state(members, dtype=dtype)), NF4))
+    np.testing.assert_array_equal(reader.read(f"{X}.weight"), meant)
+    assert "--dtype" not in reader.notes[0]
+
+
+def test_an_offset_of_nf4_may_be_a_whole_number(tmp_path):
+    members, _ = packers.nf4(np.random.default_rng(2), (OUT, IN), nested=256)
+    one, same = (changed_state(members, nested_offset=offset) for offset in (1, 1.0))
+    found = [opened(write(tmp_path / str(i), named(m), NF4)).read(f"{X}.weight") for i, m in enumerate((one, same))]
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("nested", [None, 64, 4096])
+def test_every_blocksize_of_bitsandbytes_is_read(tmp_path, blocksize, nested):
+    members, meant = packers.nf4(np.random.default_rng(2), (30, 90), blocksize=blocksize, nested=nested)
+    reader = opened(write(tmp_path, named(members), NF4))
+    np.testing.assert_array_equal(reader.read(f"{X}.weight"), meant)
+    np.testing.assert_array_equal(reader.read(f"{X}.weight", slice(29, 30), slice(1, 3)), meant[29:, 1:3])
+
+
+@pytest.mark.parametrize(
+    "kind, change, found",
+    [
+        ("nested_absmax", lambda value: value.astype(np.float16), "nested_absmax is F16 [2], where F32 [2] was due"),
+        ("nested_quant_map", lambda value: value.astype(np.float16), "nested_quant_map is F16 [256]"),
+        ("quant_map", lambda value: value.astype(np.float16), "quant_map is F16 [16]"),
+        ("quant_map", lambda value: value[:15], "quant_map is F32 [15]"),
+        ("quant_map", lambda value: value * np.float32("inf"), "quant_map is not finite"),
+        ("nested_quant_map", lambda value: value * np.float32("nan"), "nested_quant_map is not finite"),
+        ("absmax", lambda value: value.astype(np.int8), "absmax is I8 [384], where U8 [384] was due"),
+    ],
+)
+def test_a_table_of_nf4_of_another_kind_is_named(tmp_path, kind, change, found):
+    members, _ = packers.nf4(np.random.default_rng(2), (OUT, IN), nested=256)
+    members[f"weight.{kind}"] = change(members[f"weight.{kind}"])
+    assert f"{X}.weight.{found}" in refusal(write(tmp_path, named(members), NF4))
+
+
 # --------------------------------------------------------------------- controls: a wrong reading gives other numbers
 
 
@@ -369,9 +510,9 @@ def test_control_nf4_read_wrongly_differs(tmp_path, bnb, control):
     elif control == "offset forgotten":
         state["nested_offset"] = 0.0
     else:
-        state["nested_blocksize"] = 320
+        state["nested_blocksize"] = 512
         nested = sample.members["weight.nested_absmax"]
-        sample.members["weight.nested_absmax"] = nested[: -(-640 * 128 // 64 // 320)]
+        sample.members["weight.nested_absmax"] = nested[: -(-640 * 128 // 64 // 512)]
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     sample.members["weight.quant_state.bitsandbytes__nf4"] = text
     found = opened(write(tmp_path, named(sample.members), NF4)).read(f"{X}.weight")
@@ -461,6 +602,45 @@ def test_memory_is_that_of_the_part(tmp_path, request, kind, rows, columns):
     assert peak(reader, rows, columns) < 2 * part + 3 * tile < size * size * 4 / 10
 
 
+@pytest.mark.parametrize("control", [False, True], ids=["", "control"])
+def test_opening_holds_a_few_zero_points_at_once_and_keeps_none(tmp_path, monkeypatch, control):
+    in_, out = 2048, 4096
+    rng = np.random.default_rng(0)
+    members = {
+        "qweight": np.zeros((in_ // 8, out), np.int32),
+        "qzeros": rng.integers(0, 2**31, (in_, out // 8), np.int32),  # a group of each input: 4 MB, 32 MB unpacked
+        "scales": np.ones((in_, out), np.float16),
+        "g_idx": np.arange(in_, dtype=np.int32)[::-1].copy(),
+        "bias": np.zeros(out, np.float16),
+    }
+    folder = write(tmp_path, named(members), {**GPTQ, "group_size": 1, "desc_act": True})
+    if control:
+        monkeypatch.setattr(survey, "AT_ONCE", 2**30)
+    opened(folder)  # what is made once and for all
+    tracemalloc.start()
+    reader = opened(folder)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert reader.stored[f"{X}.weight"].shape == (out, in_)
+    assert (most < 16 * 10**6) is not control
+    assert kept < 10**5
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["", "control"])
+def test_what_was_looked_at_when_opening_is_released(tmp_path, sample, monkeypatch, control):
+    seen, released, read = [], [], SafetensorsReader.read
+
+    def watched(reader, name, *part):
+        seen.append(read(reader, name, *part))
+        return seen[-1]
+
+    monkeypatch.setattr(SafetensorsReader, "read", watched)
+    monkeypatch.setattr(shards, "release", (lambda array: None) if control else released.append)
+    opened(write(tmp_path, named({**sample.members, "bias": np.zeros(OUT, np.float16)}), {**GPTQ, "group_size": 64}))
+    assert len(seen) == 3  # qzeros, g_idx and the bias
+    assert ({id(array) for array in seen} == {id(array) for array in released}) is not control
+
+
 # --------------------------------------------------------------------------------------- what is said, and refused
 
 
@@ -494,9 +674,50 @@ def test_packed_bin_files_are_read_too(tmp_path, sample):
     reader.close()
 
 
+HUGE = {  # member -> a view of one element, and how large it says it is
+    "bias": (lambda torch: torch.zeros(1, dtype=torch.float16).expand(2**45)),
+    "g_idx": (lambda torch: torch.zeros(1, dtype=torch.int32).expand(2**31)),
+    "qzeros": (lambda torch: torch.zeros(1, 1, dtype=torch.int32).expand(2**20, 2**17)),
+    "qweight": (lambda torch: torch.zeros(1, 1, dtype=torch.int32).expand(2**17, 2**20)),
+    "weight.quant_state.bitsandbytes__nf4": (lambda torch: torch.zeros(1, dtype=torch.uint8).expand(2**36)),
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_small_file_with_an_endless_tensor_is_refused(tmp_path, sample, kind):
+    import torch
+
+    members = packers.nf4(np.random.default_rng(2), (OUT, IN))[0] if "nf4" in kind else sample.members
+    said = NF4 if "nf4" in kind else {**GPTQ, "group_size": 64}
+    tensors = {name: torch.from_numpy(value.copy()) for name, value in named(members).items()}
+    factory.write_config(tmp_path, factory.config(quantization_config=said))
+    torch.save({**tensors, f"{X}.{kind}": HUGE[kind](torch)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=f"{kind} in pytorch_model.bin has .* elements, more than its storage"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["x" * 1500, [0] * 500, 10**1500, "\x1b[2J"], ids=["text", "list", "number", "tty"])
+@pytest.mark.parametrize("key", ["quant_method", "bits", "group_size", "checkpoint_format", "dynamic", "else", None])
+def test_what_is_said_is_not_repeated_at_length(tmp_path, sample, key, value):
+    said = {**GPTQ, "group_size": 64, key: value} if key else value
+    try:
+        words = "\n".join(opened(write(tmp_path, named(sample.members), said)).notes)
+    except CheckpointError as error:
+        words = str(error)
+    assert len(words) < 1000 and "\x1b" not in words
+
+
+def test_words_that_are_not_known_cannot_steer_a_terminal(tmp_path, sample):
+    said = {**GPTQ, "group_size": 64, "a\x1b[2J": 1, "b" * 10**5: 1}
+    words = "\n".join(opened(write(tmp_path, named(sample.members), said)).notes)
+    assert len(words) < 1500 and "\x1b" not in words and r"a\x1b[2J" in words
+
+
 @pytest.mark.parametrize(
     "said, found",
     [
+        ({**GPTQ, "group_size": 2**31}, "group_size = 2147483648; known: -1 and whole numbers"),
+        ({**AWQ, "group_size": 10**30}, "group_size = 1000000"),
         ({**GPTQ, "quant_method": "hqq"}, "quant_method = 'hqq'; known: 'gptq', 'awq', 'bitsandbytes'"),
         ({"bits": 4}, "quant_method = None"),
         ({**GPTQ, "bits": 5}, "bits = 5; known: 2, 3, 4, 8"),
@@ -636,3 +857,100 @@ def test_a_packed_model_opens_under_its_own_names(tmp_path):
         for name, value in meant.items():
             np.testing.assert_array_equal(source.read(name), value)
         assert any("14 tensors are packed as GPTQ 4-bit" in note for note in source.notes)
+
+
+# ------------------------------------------------------------------------------------------------ whole models
+
+
+def gptq_module(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[dict, np.ndarray]:
+    sample = Sample(size=16, act_order=True, in_=shape[1], out=shape[0], seed=int(rng.integers(2**31)))
+    return {**sample.members, "bias": np.zeros(shape[0], np.float16)}, sample.meant
+
+
+def awq_module(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[dict, np.ndarray]:
+    sample = Sample(size=16, lowest=0, in_=shape[1], out=shape[0], seed=int(rng.integers(2**31)))
+    return sample.awq, sample.meant
+
+
+def nf4_double_module(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[dict, np.ndarray]:
+    return packers.nf4(rng, shape, blocksize=32, nested=32)  # up to 64 blocks, so that some have two of blocks
+
+
+KINDS = {
+    "gptq": ({**GPTQ, "group_size": 16, "desc_act": True}, gptq_module),
+    "awq": ({**AWQ, "group_size": 16}, awq_module),
+    "nf4": (NF4, packers.nf4),
+    "nf4 double": (NF4, nf4_double_module),
+}
+
+
+def write_model(folder: Path, kind: str, files: str) -> dict[str, np.ndarray]:
+    """A whole packed model in two files; returns what its tensors mean, under Hugging Face's names."""
+    said, make = KINDS[kind]
+    config = factory.config(torch_dtype="float16", quantization_config=said)
+    rng, tensors = np.random.default_rng(11), factory.weights(config)
+    meant = dict(tensors)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        members, meant[name] = make(rng, tensors.pop(name).shape)
+        tensors |= named(members, name.removesuffix(".weight"))
+    if files == "safetensors":
+        factory.write_safetensors(folder, config, tensors, shards=2)
+    else:
+        write_bin_shards(folder, config, tensors)
+    return meant
+
+
+def write_bin_shards(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> None:
+    import torch
+
+    factory.write_config(folder, config)
+    files = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    placed = {name: files[i % 2] for i, name in enumerate(tensors)}  # members of a module lie apart
+    for file in files:
+        held = {name: torch.from_numpy(value.copy()) for name, value in tensors.items() if placed[name] == file}
+        torch.save(held, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("files", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_model_is_converted_with_every_value_rounded_once(tmp_path, kind, files, dtype):
+    meant = write_model(tmp_path / "source", kind, files)
+    output = tmp_path / "output"
+    options = {"dtype": dtype, "max_shard_size": "7777B", "workers": 3, "verify": "content"}
+    summary = convert(tmp_path / "source", output, say=lambda text: None, **options)
+    assert len(list(output.glob("*.safetensors"))) > 5 and summary.verified
+    found, wanted = factory.load_folder(output), factory.expected(meant)
+    assert sorted(found) == sorted(wanted)
+    for name, value in wanted.items():
+        rounded = np.ascontiguousarray(value.astype(factory.DTYPES[dtype]))
+        assert found[name].dtype == rounded.dtype
+        assert found[name].tobytes() == rounded.tobytes(), name
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+
+
+def test_control_rounding_twice_or_another_weight_is_noticed(tmp_path):
+    """What the test above compares differs where it should."""
+    meant = write_model(tmp_path, "nf4", "safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    once = meant[name].astype(ml_dtypes.bfloat16)
+    assert (meant[name].astype(np.float16).astype(ml_dtypes.bfloat16) != once).any()
+    assert (meant[name.replace("1", "0")].astype(ml_dtypes.bfloat16) != once).mean() > 0.5
+
+
+@pytest.mark.parametrize("files", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_parts_are_right_from_several_threads(tmp_path, kind, files):
+    meant = write_model(tmp_path, kind, files)
+    edges = [(0, 1), (1, 2), (7, 9), (15, 17), (31, 33), (3, 61), (63, 64), (0, None)]
+    names = [name for name in meant if name.endswith("_proj.weight")]
+    wanted = [(name, slice(*rows), slice(*columns)) for name in names for rows in edges for columns in edges]
+    order = np.random.default_rng(4).permutation(len(wanted))
+    with open_source(tmp_path) as source, ThreadPoolExecutor(6) as pool:
+
+        def right(i: int) -> bool:
+            name, rows, columns = wanted[i]
+            return np.array_equal(source.read(name, rows, columns), meant[name][rows, columns])
+
+        assert all(pool.map(right, order.tolist()))

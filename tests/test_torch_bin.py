@@ -291,7 +291,60 @@ def test_tensors_under_names_that_are_not_text_are_refused(tmp_path):
     import torch
 
     assert "a Tensor goes by a int" in refusal(saved(tmp_path, {0: torch.ones(2)}))
-    assert r"'a\x1b[2J' is no name that can be printed" in refusal(saved(tmp_path, {"a\x1b[2J": torch.ones(2)}))
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("a\x1b[2J", r"'a\x1b[2J' is no name of a tensor"),
+        ("", "'' is no name of a tensor"),
+        ("a" * 256, f"'{'a' * 200}... (256 characters)' is no name of a tensor"),
+        ("ab" * 50_000, f"'{'ab' * 100}... (100,000 characters)' is no name of a tensor"),
+    ],
+    ids=["steering", "empty", "long", "longest"],
+)
+@pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "before 1.6"])
+def test_names_that_no_tensor_has_are_refused(tmp_path, name, found, options):
+    import torch
+
+    assert found in refusal(saved(tmp_path / "source", {name: torch.ones(2)}, **options))
+    TorchBinReader(saved(tmp_path / "control", {"a" * 255: torch.ones(2)}, **options))
+
+
+@pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "before 1.6"])
+def test_views_larger_than_their_storage_are_refused_and_smaller_ones_read(tmp_path, options):
+    import torch
+
+    base = torch.arange(6.0)
+    fitting = {"repeated": base[4].expand(6), "rows": base[:3].expand(2, 3), "whole": base}
+    compare_with_torch(saved(tmp_path / "control", fitting, **options))
+    hostile = {
+        "seven": base[0].expand(7),
+        "row": base[:3].expand(3, 3),
+        "endless": torch.zeros(1, dtype=torch.float16).expand(2**45),
+    }
+    message = refusal(saved(tmp_path / "hostile", {**fitting, **hostile}, **options))
+    for finding in (
+        f"seven in {BIN} has 7 elements, more than its storage of 24 bytes holds",
+        f"row in {BIN} has 9 elements, more than its storage of 24 bytes holds",
+        f"endless in {BIN} has 35,184,372,088,832 elements, more than its storage of 2 bytes holds",
+    ):
+        assert finding in message
+    assert all(f"{name} in" not in message for name in fitting)
+
+
+@pytest.mark.parametrize(
+    "make, found",
+    [
+        (os.mkfifo, "is a named pipe, not a file"),
+        (os.mkdir, "is a folder, not a file"),
+        (lambda path: os.symlink("nowhere", path), "is a link that leads nowhere"),
+    ],
+)
+def test_what_is_no_file_is_called_what_it_is(tmp_path, make, found):
+    (tmp_path / "config.json").write_text("{}")
+    make(tmp_path / BIN)
+    assert f"{BIN} {found}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -560,7 +613,7 @@ def test_control_pickle_runs_it(tmp_path, extension, kind):
 
 def test_the_name_of_what_would_run_cannot_steer_a_terminal(tmp_path):
     message = refusal(packed(tmp_path, state(a=text("\x1b[2J") + text("x\n") + b"\x93")))
-    assert r"would run code when loaded ('\x1b[2J.x\n')" in message
+    assert r"would run code when loaded (\x1b[2J.x\n)" in message
 
 
 def test_whole_modules_are_refused(tmp_path):

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from .. import families, shards
 from ..chat_templates import TEMPLATES
-from ..errors import CheckpointError, ConfigError, OutputError
+from ..errors import CheckpointError, ConfigError, OutputError, printable
 from ..files import sync
 from ..shards import INDEX, index_of, write_json
 from .bundle import write_bundle
@@ -110,7 +110,7 @@ def _check_verification(verify: str, target: Target) -> None:
 
 
 def _as_lines(warnings: list[str]) -> list[str]:
-    return [f"  warning   {warning}" for warning in warnings]
+    return [f"  warning   {printable(warning)}" for warning in warnings]
 
 
 def _prepare_tokenizer(source: Source, target: Target, folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..errors import printable
 from .plan import Plan
 from .progress import counted, megabytes
 from .targets import TORCH
@@ -20,7 +21,7 @@ def describe(plan: Plan, output: Path) -> str:
     ]
     lines += [f"  {label:<8}  {text}" for label, text in describe_output(plan)]
     lines += [f"  note      {note}" for note in plan.notes]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # names of files and tensors are the source's
 
 
 def describe_model(fields: Mapping) -> list[str]:

@@ -4,7 +4,7 @@ import argparse
 import math
 from collections import Counter
 
-from ..errors import CheckpointError, report, shown
+from ..errors import CheckpointError, printable, report, shown
 from ..families import AUTO, FAMILIES
 from ..shards import DEFAULT_SHARD_SIZE, DTYPES, FLOATS
 from .describe import describe_model, describe_output
@@ -47,7 +47,7 @@ def describe_source(source: Source) -> str:
     ]
     lines += [f"  file      {path.name}, {megabytes(path.stat().st_size)}" for path in source.files]
     lines += [f"  note      {note}" for note in source.notes]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def inspect(text: str, *, family: str = AUTO, check: bool = False) -> None:
@@ -62,7 +62,7 @@ def inspect(text: str, *, family: str = AUTO, check: bool = False) -> None:
         for label, line in describe_output(plan):
             print(f"  {'would be' if label == 'output' else label:<8}  {line}")
         for warning in plan.warnings:
-            print(f"  warning   {warning}")
+            print(f"  warning   {printable(warning)}")
         if check:
             _check(source)
         elif (source.path / MANIFEST).is_file():

@@ -161,7 +161,7 @@ class GGUFReader:
             key = f"tokenizer.ggml.{theirs}"
             config[ours] = self._value(key) if key in fields else None
         if "vocab_size" not in config and "tokenizer.ggml.tokens" in fields:
-            config["vocab_size"] = len(fields["tokenizer.ggml.tokens"].data)
+            config["vocab_size"] = len(fields["tokenizer.ggml.tokens"])
         return config
 
 

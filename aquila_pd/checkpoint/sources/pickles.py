@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pickle import UnpicklingError
 
+from ...errors import shown
+
 # A tensor takes about 30 operations, and 90 bytes beside its name. Without limits a hostile file of a few megabytes
 # could take minutes and gigabytes: an empty list is one byte in the file and 64 in memory.
 MAX_OPERATIONS = 300_000
@@ -281,7 +283,7 @@ class _Machine:
 
     def name(self, text: str) -> None:
         if text not in FUNCTIONS and text not in MENTIONED:
-            raise WouldRunCode(_shown(_dotted(text)))
+            raise WouldRunCode(shown(_dotted(text)))
         self.push(Name(text))
 
     def name_on_stack(self, _) -> None:
@@ -299,7 +301,7 @@ class _Machine:
         self.push(function(*arguments))
 
     def instantiate(self, text: str) -> None:
-        raise WouldRunCode(_shown(_dotted(text)))
+        raise WouldRunCode(shown(_dotted(text)))
 
     def extension(self, code: int) -> None:
         raise WouldRunCode(f"pickle extension {code}")
@@ -312,11 +314,6 @@ class _Machine:
         if tag != "storage" or kind.text not in STORAGES or not 0 <= count < LARGEST:
             raise UnpicklingError("a storage is not described as torch describes one")
         self.push(Storage(STORAGES[kind.text], key, count, device))
-
-
-def _shown(text: str) -> str:
-    """A name from the file, fit for a terminal."""
-    return text if text.isprintable() and len(text) < 200 else repr(text[:200])
 
 
 OPERATIONS: dict[str, Callable[[_Machine, object], None]] = {

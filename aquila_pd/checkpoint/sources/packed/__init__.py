@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ....errors import CheckpointError, report
+from ....errors import CheckpointError, report, shown_value
 from ..reader import ALL, Reader, Stored
 from . import awq, gptq, nf4
 from .settings import KEY, Said, find_settings
@@ -83,7 +83,8 @@ def _find(reader: Reader, said: Said) -> Survey:
         method = "bitsandbytes"  # which its first configs did not name
     find = METHODS.get(method.lower()) if isinstance(method, str) else None
     if find is None:
-        return Survey(findings=[f"{said.file} says quant_method = {method!r}; known: {', '.join(map(repr, METHODS))}"])
+        known = ", ".join(map(repr, METHODS))
+        return Survey(findings=[f"{said.file} says quant_method = {shown_value(method)}; known: {known}"])
     found = find(reader, said)
     if not found.matrices and not found.findings:
         found.findings.append(f"{said.file} says that weights are packed by {method}, but no tensor is")

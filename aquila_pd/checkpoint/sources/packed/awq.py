@@ -54,13 +54,12 @@ class AWQMatrix(Grouped):
 
 def find(reader: Reader, said: Said) -> Survey:
     """All matrices of the checkpoint, or what stands in the way of reading them."""
-    size = said.get("group_size")
     found = Survey(notes=said.unread({*KNOWN, *IGNORED}), findings=said.refused(KNOWN))
     found.findings += [f"{said.file} does not say {key}" for key in ("bits", "version") if said.get(key) is None]
-    if type(size) is not int or (size < 1 and size != -1):
-        found.findings.append(f"{said.file} says group_size = {size!r}; known: -1 and whole numbers from 1")
+    found.findings += said.refused_group_size()
     if found.findings:
         return found
+    size = said.group_size()
     name = f"AWQ {BITS}-bit, " + ("one group" if size == -1 else f"groups of {size}")
     modules = survey.group_names(reader.stored, KINDS)
     for module, members in modules.items():

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .... import shards
+from ....errors import shown_value
 from ..reader import Reader, Stored
 from . import survey
 from .grouped import WORD, Grouped
@@ -115,14 +117,13 @@ def find(reader: Reader, said: Said) -> Survey:
 
 def _read_scheme(said: Said) -> tuple[Scheme | None, list[str]]:
     findings = said.refused(KNOWN)
-    size = said.get("group_size", -1)
-    if type(size) is not int or (size < 1 and size != -1):
-        findings.append(f"{said.file} says group_size = {size!r}; known: -1 and whole numbers from 1")
+    findings += said.refused_group_size(default=-1)
     if said.get("bits") is None:
         findings.append(f"{said.file} does not say bits; known: {', '.join(map(str, KNOWN['bits']))}")
     findings += _exceptions(said)
     if findings:
         return None, findings
+    size = said.group_size(default=-1)
     label = said.get("checkpoint_format", said.get("format", "gptq"))
     scheme = Scheme(
         bits=said.get("bits"),
@@ -141,7 +142,10 @@ def _exceptions(said: Said) -> list[str]:
     """
     rules = said.get("dynamic", {})
     own = [rule for rule in rules if not rule.startswith("-:")] if isinstance(rules, dict) else [rules]
-    return [f"{said.file} says dynamic = {rule!r}: modules packed in a way of their own are not known" for rule in own]
+    return [
+        f"{said.file} says dynamic = {shown_value(rule)}: modules packed in a way of their own are not known"
+        for rule in own
+    ]
 
 
 def _matrix(
@@ -194,8 +198,8 @@ def _order_inputs(reader: Reader, orders: Mapping[str, str], found: Survey, sche
         matrix = found.matrices.get(weight)
         if matrix is None:
             continue
-        group_of = np.array(reader.read(name))
-        in_order = matrix.groups(slice(0, len(group_of)))
+        group_of = reader.read(name)
+        in_order = matrix.groups(reader, slice(0, len(group_of)))
         groups = in_order[-1] + 1
         if group_of.min() < 0 or group_of.max() >= groups:
             found.findings.append(f"{name} names the groups {group_of.min()} to {group_of.max()} of {groups}")
@@ -203,7 +207,8 @@ def _order_inputs(reader: Reader, orders: Mapping[str, str], found: Survey, sche
             empty += 1
         elif not np.array_equal(group_of, in_order):
             unannounced += not scheme.act_order
-            found.matrices[weight] = replace(matrix, group_of=group_of)
+            found.matrices[weight] = replace(matrix, g_idx=name)
+        shards.release(group_of)
     if empty:
         found.notes.append(f"{empty} g_idx hold nothing but zeros and are read as none: groups follow each other")
     if unannounced:
@@ -219,7 +224,7 @@ def _settle_zeros(reader: Reader, found: Survey, scheme: Scheme) -> None:
         return
     half, ones = 2 ** (scheme.bits - 1), 2**scheme.bits - 1
     expected, other = (half - 1, half) if scheme.less_one else (half, half - 1)
-    limits = [_limits(matrix.stored_zeros(reader)) for matrix in found.matrices.values()]
+    limits = [_limits(reader, matrix) for matrix in found.matrices.values()]
     lowest, highest = min(low for low, _ in limits), max(high for _, high in limits)
     wrapped = sum(high == ones for _, high in limits)
     less_one = scheme.less_one
@@ -237,8 +242,10 @@ def _settle_zeros(reader: Reader, found: Survey, scheme: Scheme) -> None:
     found.notes.insert(0, survey.unpacking_note(len(found.matrices), how, scales))
 
 
-def _limits(zeros: np.ndarray) -> tuple[int, int]:
-    return int(zeros.min()), int(zeros.max())
+def _limits(reader: Reader, matrix: GPTQMatrix) -> tuple[int, int]:
+    """The lowest and the highest zero point as stored."""
+    limits = [(int(zeros.min()), int(zeros.max())) for zeros in matrix.stored_zeros(reader)]
+    return min(low for low, _ in limits), max(high for _, high in limits)
 
 
 def _version(less_one: bool) -> str:

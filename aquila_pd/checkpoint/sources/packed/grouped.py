@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..reader import ALL, Reader, Stored
-from .survey import bounds
+from .survey import bounds, strips
 
 # What is unpacked at once: a multiple of the values in any word (of 3 bits: any three words) and of the usual group
 # sizes, and small enough for a processor's second cache.
@@ -21,8 +21,8 @@ WORD = 32  # bits
 
 @dataclass(frozen=True)
 class Grouped:
-    """stored.shape: [out, in]; qweight, qzeros, scales: names in the file; group_of: the group of each input, None when
-    they follow each other, group_size inputs each."""
+    """stored.shape: [out, in]; qweight, qzeros, scales: names in the file; g_idx: of the tensor with the group of each
+    input, None when they follow each other, group_size inputs each."""
 
     stored: Stored
     bits: int
@@ -30,7 +30,7 @@ class Grouped:
     qzeros: str
     scales: str
     group_size: int
-    group_of: np.ndarray | None = None
+    g_idx: str | None = None
 
     def read(self, reader: Reader, rows: slice, columns: slice) -> np.ndarray:
         """[out, in] float32, a transposed view: the array in memory is [in, out], which is Paddle's layout.
@@ -48,7 +48,7 @@ class Grouped:
         """part [ins, outs] = the values, a tile of whole words at a time."""
         whole_ins, whole_outs = _whole_words(ins, self.stored.shape[1]), _whole_words(outs, self.stored.shape[0])
         words = reader.read(self.qweight, *self._words(whole_ins, whole_outs))
-        groups, index = np.unique(self.groups(ins), return_inverse=True)
+        groups, index = np.unique(self.groups(reader, ins), return_inverse=True)
         scales = _rows(reader.read(self.scales, ALL, outs), groups).astype(np.float32)
         zeros = self._zeros(reader, groups, whole_outs)[:, _within(outs, whole_outs)]
         for tall, some_ins in _strips(whole_ins, INPUTS, ins):
@@ -60,15 +60,15 @@ class Grouped:
                 q -= zeros[group, here]
                 np.multiply(q, scales[group, here], out=target[:, here])
 
-    def groups(self, ins: slice) -> np.ndarray:
+    def groups(self, reader: Reader, ins: slice) -> np.ndarray:
         """The group of each of these inputs."""
-        if self.group_of is None:
+        if self.g_idx is None:
             return np.arange(ins.start, ins.stop) // self.group_size
-        return self.group_of[ins]
+        return reader.read(self.g_idx, ins)
 
-    def stored_zeros(self, reader: Reader) -> np.ndarray:
-        """All zero points [groups, out] as they stand in the file."""
-        return self._unpack_zeros(reader.read(self.qzeros))
+    def stored_zeros(self, reader: Reader) -> Iterator[np.ndarray]:
+        """All zero points as they stand in the file, [some groups, out] at a time."""
+        return map(self._unpack_zeros, strips(reader, self.qzeros))
 
     def _zeros(self, reader: Reader, groups: np.ndarray, outs: slice) -> np.ndarray:
         """Zero points [these groups, these outputs, which are whole words]."""

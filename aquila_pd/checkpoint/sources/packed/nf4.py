@@ -4,14 +4,15 @@ The weight is torch's [out, in] laid out flat, two codes to a byte, the first in
 read from the file. Double quantization keeps the magnitudes, less an offset, as codes of 256 values in larger blocks.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from ....files import JSON_ERRORS
+from .... import shards
+from ....errors import shown, shown_value
+from ....files import JSON_ERRORS, parse_json
 from ..reader import Reader, Stored
 from . import survey
 from .settings import Said
@@ -21,8 +22,14 @@ KINDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 STATE = "quant_state.bitsandbytes__nf4"
 OTHER_STATES = ("quant_state.bitsandbytes__fp4",)
 NESTED = KINDS[2:]
+TABLES = ("quant_map", "nested_quant_map")
+HELD = {*TABLES, *NESTED}  # in memory: small, and used for every part
 CODES = 16
 NESTED_CODES = 256
+BLOCKSIZES = tuple(2**n for n in range(5, 13))  # 32 to 4096, those that quantize_4bit of bitsandbytes 0.50 takes
+MAX_STATE = 4096  # bytes of the description of a tensor; real ones have 200
+MAX_BRACKETS = 16  # in it; real ones have two pairs
+MAX_FLOAT = float(np.finfo(np.float32).max)
 AT_ONCE = 2**17  # values; their bytes, indices and floats fit a processor's second cache
 KNOWN = {
     "load_in_4bit": (True,),
@@ -131,27 +138,33 @@ def find(reader: Reader, said: Said) -> Survey:
     if found.findings:
         return found
     modules = survey.group_names(reader.stored, (*KINDS, STATE, *OTHER_STATES))
-    dtypes = set()
+    halves = set()
     for weight, members in modules.items():
         found.used.update([*members.values(), weight])
         matrix, findings = _matrix(reader, weight, members)
         found.findings += findings
         if matrix is not None:
             found.matrices[weight] = matrix
-            dtypes.add(_state(reader, members[STATE]).get("dtype"))
+            halves.add(shown(str(_state(reader, members[STATE]).get("dtype"))))
     if found.matrices:
         double = any(matrix.nested for matrix in found.matrices.values())
         note = f"{len(found.matrices)} tensors are packed as bitsandbytes NF4{', double-quantized,' * double} and are "
-        half = dtypes.pop() if len(dtypes) == 1 else None
-        rounding = f"; --dtype {half} rounds each value as bitsandbytes does" if half in survey.HALF.values() else ""
+        half = halves.pop() if len(halves) == 1 else None
+        rounding = f"; --dtype {half} rounds each value as bitsandbytes does" if half in survey.HALF else ""
         found.notes.insert(0, f"{note}unpacked to float32{rounding}")
     return found
 
 
 def _state(reader: Reader, name: str) -> dict:
-    """The JSON object that bitsandbytes keeps in a tensor; empty when it is none."""
+    """The JSON object that bitsandbytes keeps in a tensor of bytes; empty when it is none."""
+    stored = reader.stored[name]
+    if stored.dtype != "U8" or len(stored.shape) != 1 or stored.shape[0] > MAX_STATE:
+        return {}
+    content = reader.read(name).tobytes()
+    if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:  # or printing a value could run out of stack
+        return {}
     try:
-        state = json.loads(np.asarray(reader.read(name)).tobytes())
+        state = parse_json(content.decode("utf-8"))
     except JSON_ERRORS:
         return {}
     return state if isinstance(state, dict) else {}
@@ -169,17 +182,18 @@ def _matrix(reader: Reader, weight: str, members: Mapping[str, str]) -> tuple[NF
     if findings:
         return None, findings
     state = _state(reader, members[STATE])
-    wrong = _bad_values(state, nested=nested)
-    if wrong:
-        return None, [f"{members[STATE]} has {what}" for what in wrong]
-    findings = _misfits(reader, weight, members, state)
+    findings = [f"{members[STATE]} has {what}" for what in _bad_values(state, nested=nested)]
+    findings = findings or _misfits(reader, weight, members, state)
     if findings:
         return None, findings
     size = state["blocksize"]
     kept = Stored("F32", tuple(state["shape"]), reader.stored[weight].file, packed=f"NF4, blocks of {size}")
-    table = np.array(reader.read(members["quant_map"]))
-    inner = _nested(reader, members, state) if nested else None
-    return NF4Matrix(kept, weight, members["absmax"], table, size, inner), []
+    held = {kind: np.array(reader.read(members[kind])) for kind in members.keys() & HELD}
+    infinite = [members[kind] for kind in TABLES if not np.isfinite(held.get(kind, 0)).all()]
+    if infinite:
+        return None, [f"{name} is not finite" for name in infinite]
+    inner = _nested(held, state) if nested else None
+    return NF4Matrix(kept, weight, members["absmax"], held["quant_map"], size, inner), []
 
 
 def _bad_values(state: Mapping, *, nested: bool) -> list[str]:
@@ -187,17 +201,22 @@ def _bad_values(state: Mapping, *, nested: bool) -> list[str]:
     shape = state.get("shape")
     good = {
         "quant_type": state.get("quant_type") == "nf4",
-        "blocksize": _is_size(state.get("blocksize")) and state["blocksize"] % 2 == 0,
+        "blocksize": _is_blocksize(state.get("blocksize")),
         "shape": isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, shape)),
     }
     if nested:
-        good["nested_blocksize"] = _is_size(state.get("nested_blocksize"))
-        good["nested_offset"] = type(state.get("nested_offset")) in (int, float)
-    return [f"{key} = {state.get(key)!r}" for key, fine in good.items() if not fine]
+        offset = state.get("nested_offset")
+        good["nested_blocksize"] = _is_blocksize(state.get("nested_blocksize"))
+        good["nested_offset"] = type(offset) in (int, float) and abs(offset) <= MAX_FLOAT
+    return [f"{key} = {shown_value(state.get(key))}" for key, fine in good.items() if not fine]
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= shards.MAX_NUMBER
+
+
+def _is_blocksize(value: object) -> bool:
+    return type(value) is int and value in BLOCKSIZES
 
 
 def _misfits(reader: Reader, weight: str, members: Mapping[str, str], state: Mapping) -> list[str]:
@@ -218,10 +237,6 @@ def _misfits(reader: Reader, weight: str, members: Mapping[str, str], state: Map
     return findings
 
 
-def _nested(reader: Reader, members: Mapping[str, str], state: Mapping) -> Nested:
-    return Nested(
-        np.array(reader.read(members["nested_quant_map"])),
-        np.array(reader.read(members["nested_absmax"])),
-        state["nested_blocksize"],
-        np.float32(state["nested_offset"]),
-    )
+def _nested(held: Mapping[str, np.ndarray], state: Mapping) -> Nested:
+    offset = np.float32(state["nested_offset"])
+    return Nested(held["nested_quant_map"], held["nested_absmax"], state["nested_blocksize"], offset)

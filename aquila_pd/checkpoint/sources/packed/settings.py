@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....errors import CheckpointError
+from ....errors import CheckpointError, shown, shown_value
 from ...layout import CONFIG, read_json
 
 KEY = "quantization_config"
@@ -12,6 +12,7 @@ KEY = "quantization_config"
 OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 AWQ_SPELLING = {"w_bit": "bits", "q_group_size": "group_size"}
 ABSENT = object()
+LARGEST_GROUP = 2**31 - 1  # far more inputs than any matrix has
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Said:
     def refused(self, known: Mapping[str, tuple]) -> list[str]:
         """A finding for each of these keys with a value that is not known. Text counts without its case."""
         return [
-            f"{self.file} says {key} = {value!r}; known: {', '.join(map(repr, values))}"
+            f"{self.file} says {key} = {shown_value(value)}; known: {', '.join(map(repr, values))}"
             for key, values in known.items()
             if (value := self.get(key, ABSENT)) is not ABSENT and not _among(value, values)
         ]
@@ -41,7 +42,21 @@ class Said:
     def unread(self, known: set[str]) -> list[str]:
         """A note naming the keys that nothing here knows."""
         keys = sorted(key for key, value in self.values.items() if key not in known and value not in (None, {}, []))
-        return [f"{self.file} says how it was packed in words that are not known here: {', '.join(keys)}"] * bool(keys)
+        listed = shown(", ".join(keys))
+        return [f"{self.file} says how it was packed in words that are not known here: {listed}"] * bool(keys)
+
+    def group_size(self, default: int | None = None) -> int | None:
+        """The inputs that share a scale, -1 for all of them; None where it is no such number."""
+        size = self.get("group_size", default)
+        return size if type(size) is int and (size == -1 or 1 <= size <= LARGEST_GROUP) else None
+
+    def refused_group_size(self, default: int | None = None) -> list[str]:
+        """A finding when group_size is none."""
+        if self.group_size(default) is not None:
+            return []
+        return [
+            f"{self.file} says group_size = {shown_value(self.get('group_size'))}; known: -1 and whole numbers from 1"
+        ]
 
 
 def find_settings(config: Mapping, folder: Path) -> Said | None:
@@ -49,7 +64,9 @@ def find_settings(config: Mapping, folder: Path) -> Said | None:
     said = config.get(KEY)
     if said is not None:
         if not isinstance(said, dict):
-            raise CheckpointError(f"{folder / CONFIG}: {KEY} is {said!r}, not a mapping. Fetch config.json again.")
+            raise CheckpointError(
+                f"{folder / CONFIG}: {KEY} is {shown_value(said)}, not a mapping. Fetch config.json again."
+            )
         return Said(CONFIG, _spelled_alike(said))
     for file, method in OLDER_FILES.items():
         if (folder / file).is_file():

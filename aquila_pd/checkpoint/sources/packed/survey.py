@@ -1,6 +1,7 @@
 """What packed tensors a checkpoint holds: found by their names, checked against each other, and how they are read."""
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +11,8 @@ from .... import shards
 from ..reader import Reader, Stored
 
 FLOATS = ("F16", "BF16", "F32")
+HALF = ("float16", "bfloat16")  # what torch computes with after unpacking
+AT_ONCE = 2**17  # values that are looked at together
 BIAS = "bias"
 
 
@@ -62,16 +65,33 @@ def differing(name: str, stored: Stored, dtypes: tuple[str, ...], shape: tuple[i
     return [f"{name} is {stored.dtype} {list(stored.shape)}, where {' or '.join(dtypes)} {list(shape)} was due"]
 
 
+def strips(reader: Reader, name: str) -> Iterator[np.ndarray]:
+    """All rows of a tensor, a few at a time; what was looked at does not stay in memory."""
+    count, *rest = reader.stored[name].shape
+    height = max(1, AT_ONCE // math.prod(rest))
+    for begin in range(0, count, height):
+        some = reader.read(name, slice(begin, begin + height))
+        yield some
+        shards.release(some)
+
+
 def drop_biases(reader: Reader, modules: Iterable[str], found: Survey) -> None:
     """Biases of packed matrices: AutoGPTQ writes some of zeros for models that have none. Others are a finding."""
-    names = [name for name in (f"{module}.{BIAS}" for module in modules) if name in reader.stored]
-    found.used.update(names)
-    filled = [name for name in names if np.any(reader.read(name))]
-    found.findings += [f"{name} is not zero; the models known here have no biases" for name in filled]
-    if len(names) > len(filled):
-        found.notes.append(
-            f"{len(names) - len(filled)} biases of packed tensors are left out: all their values are zero"
-        )
+    empty = 0
+    for module in modules:
+        name, matrix = f"{module}.{BIAS}", found.matrices.get(f"{module}.weight")
+        if name not in reader.stored:
+            continue
+        found.used.add(name)
+        if matrix is None:  # which is a finding already
+            continue
+        wrong = differing(name, reader.stored[name], FLOATS, matrix.stored.shape[:1])
+        if not wrong and any(map(np.any, strips(reader, name))):
+            wrong = [f"{name} is not zero; the models known here have no biases"]
+        found.findings += wrong
+        empty += not wrong
+    if empty:
+        found.notes.append(f"{empty} biases of packed tensors are left out: all their values are zero")
 
 
 def unpacking_note(count: int, name: str, scales: set[str]) -> str:
