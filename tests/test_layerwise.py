@@ -9,7 +9,10 @@ import verify_factory
 from verify_factory import MUTATIONS, Mutation
 
 from aquila_pd import shards
+from aquila_pd.checkpoint import sources
+from aquila_pd.checkpoint.convert import convert
 from aquila_pd.checkpoint.sources import open_source
+from aquila_pd.checkpoint.sources.packed import gptq
 from aquila_pd.checkpoint.verify.comparison import Sides, compare_folders
 from aquila_pd.checkpoint.verify.content import verify_content
 from aquila_pd.checkpoint.verify.drift import FACTOR, DriftTotal, LogitTotal, drift
@@ -65,19 +68,22 @@ def test_what_rounding_costs_is_told_apart_from_what_the_layers_cost(tmp_path):
     assert proof.logits["stored"].largest_kl > 1e6 * proof.logits["ours"].largest_kl
 
 
-@pytest.mark.parametrize("kind", ["bin", "gguf"])
+@pytest.mark.parametrize("kind", ["bin", "wrapped", "gguf"])
 def test_other_sources_are_proven_and_it_is_said_who_read_them(tmp_path, kind):
     config = verify_factory.config()
     tensors = factory.weights(config)
     if kind == "bin":
         source = factory.write_bin(tmp_path / "torch", config, tensors)
+    elif kind == "wrapped":
+        source = verify_factory.write_wrapped_bin(tmp_path / "torch", config, tensors)
     else:
         tensors = {n: t if t.ndim == 1 else t.astype(np.float16).astype(np.float32) for n, t in tensors.items()}
         source = factory.write_gguf(tmp_path / "tiny.gguf", config, tensors)
     paddle = verify_factory.paddle_folder(tmp_path / "paddle", config, factory.expected(tensors))
     proof = numeric_part(source, paddle)
-    proof.verified()
-    assert proof.independent == (kind == "bin")
+    sentence = proof.verified().sentence
+    assert proof.independent == (kind != "gguf")
+    assert ("were read by this project's own reader" in sentence) == ("worked out anew" in sentence) == (kind == "gguf")
 
 
 FLAGAI = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3"}
@@ -133,6 +139,27 @@ def test_control_the_unbroken_model_passes_the_same_checks(tmp_path):
         verify_content(source, paddle)
         proof = run_layerwise(sides, token_ids_for(source.fields)[0][0])
     assert proof.verified() and failing(proof) == []
+
+
+def test_a_row_of_the_embedding_that_no_token_asks_for_is_compared_too(tmp_path):
+    torch, paddle = verify_factory.both(tmp_path, dtype="bfloat16")
+    ids = np.arange(10, 40)
+    assert failing(numeric_part(torch, paddle, ids)) == []
+    verify_factory.altered("aquila.embed_tokens.weight", "embedding").apply(paddle)  # in row 5
+    proof = numeric_part(torch, paddle, ids)
+    assert failing(proof) == ["embedding"] and proof.places[0].accumulated.proven
+    with pytest.raises(VerificationError, match="embedding: drift"):
+        proof.verified()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "aquila_v1"])
+def test_rows_and_words_read_wrongly_are_found_although_both_sides_have_them(tmp_path, monkeypatch, kind):
+    source = verify_factory.packed_source(tmp_path, kind)
+    monkeypatch.setattr(gptq.GPTQMatrix, "_true_zeros", lambda self, zeros: zeros)
+    monkeypatch.setattr(sources, "rotate_half_rows", lambda weight, heads: weight)
+    convert(source, tmp_path / "out", verify="none", say=lambda text: None)
+    with pytest.raises(VerificationError, match="it reads wrongly"):
+        numeric_part(source, tmp_path / "out")
 
 
 def test_a_lost_dynamic_scaling_is_found_beyond_max_position_embeddings(tmp_path):

@@ -10,10 +10,17 @@ from pathlib import Path
 
 import checkpoint_factory as factory
 import pytest
+import sentencepiece
 import verify_factory
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from aquila_pd import tokenizer_folder
+from aquila_pd.checkpoint.convert import convert
+from aquila_pd.checkpoint.sources import open_source
 from aquila_pd.checkpoint.verify.command import main
 from aquila_pd.checkpoint.verify.page import page
+from aquila_pd.checkpoint.verify.tokens import compare_tokenizers
+from aquila_pd.errors import VerificationError
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = ("content", "logits", "layerwise")
@@ -134,12 +141,137 @@ def test_content_needs_neither_paddle_nor_torch(folders):
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ({"weight_quantize_algo": "nf4", "weight_blocksize": 64}, "weight_quantize_algo = 'nf4' packs the weights"),
+        ({"weight_quantize_algo": None, "quant_type": "a8w8"}, "quant_type = 'a8w8' packs the weights"),
+        ({"weight_quantize_algo": None, "quant_type": None, "weight_blocksize": 64, "shift": False}, None),
+        (None, None),
+    ],
+)
+def test_what_paddlenlp_saves_about_packing_counts_where_it_asks_for_some(folders, capsys, tmp_path, said, words):
+    file = tmp_path / "paddle" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": said}))
+    assert main(folders) == (1 if words else 0)
+    assert (words or "") in capsys.readouterr().err
+
+
 def test_the_script_and_the_verb_are_the_same_command(folders):
     for command in (["convert/verify.py"], ["-m", "aquila_pd.cli", "verify"]):
         done = subprocess.run(
             [sys.executable, *command, *folders], cwd=ROOT, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0 and "Proven: content equal" in done.stdout, done.stderr
+
+
+# ----------------------------------------------------------------------------------------------- tokenizers
+
+LINES = ["the cat and the dog, the end", "北京 是 中国 的首都", "1234 1234 def f(x):"]
+
+
+def write_bpe(folder: Path, lines: list[str] = LINES) -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(lines * 5, trainer)
+    backend.model.save(str(folder))
+
+
+def write_json_tokenizer(folder: Path) -> None:
+    write_bpe(folder)
+    backend = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+
+
+def write_sentencepiece(folder: Path) -> None:
+    how = {"vocab_size": 330, "byte_fallback": True, "model_type": "bpe", "normalization_rule_name": "identity"}
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(LINES * 5),
+            model_writer=file,
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            **how,
+        )
+
+
+def write_pair(root: Path, write) -> tuple[Path, Path]:
+    """A model with a tokenizer of its own, and the folder converted from it."""
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    said = factory.config(vocab_size=400, **ids)
+    if write is None:
+        source = factory.write_gguf(root / "tiny.gguf", factory.config(), factory.weights(factory.config()))
+    else:
+        source = factory.write_safetensors(root / "torch", said, factory.weights(said))
+        write(source)
+    convert(source, root / "paddle", verify="none", say=lambda text: None)
+    return source, root / "paddle"
+
+
+@pytest.mark.parametrize(
+    "write, reader",
+    [
+        (write_bpe, "the source's read by the tokenizers library"),
+        (write_json_tokenizer, "the source's read by the tokenizers library"),
+        (write_sentencepiece, "the source's read by sentencepiece"),
+        (None, "both read by this project"),
+    ],
+    ids=["vocab.json", "tokenizer.json", "tokenizer.model", "gguf"],
+)
+def test_tokenizers_are_compared_and_it_is_said_who_read_them(tmp_path, capsys, write, reader):
+    source, paddle = write_pair(tmp_path, write)
+    args = ["--torch", str(source), "--paddle", str(paddle)]
+    assert main(args) == 0
+    assert f"tokenizers agree on 16 texts ({reader})" in capsys.readouterr().out
+    write_bpe(paddle, [line[::-1] for line in LINES])
+    (paddle / "tokenizer.json").unlink()
+    (paddle / "tokenizer_config.json").write_text("{}")
+    (paddle / "special_tokens_map.json").unlink(missing_ok=True)
+    assert main(args) == 1
+    said = capsys.readouterr().err
+    assert "is not that of" in said and re.search(r"tokens +'.* the source says \[", said)
+
+
+def test_a_token_put_in_front_of_every_text_is_a_difference(tmp_path):
+    source, paddle = write_pair(tmp_path, write_sentencepiece)
+    with open_source(source) as opened:
+        assert "agree" in compare_tokenizers(opened, paddle)
+        file = paddle / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "add_bos_token": False}))
+        with pytest.raises(VerificationError, match=r"tokens +'': from token 0 on the source says \[1\], the Paddle"):
+            compare_tokenizers(opened, paddle)
+
+
+def test_files_that_this_project_reads_wrongly_are_found_out_by_the_library(tmp_path, monkeypatch):
+    right = tokenizer_folder.set_pipeline
+    monkeypatch.setattr(tokenizer_folder, "set_pipeline", lambda *args, **how: right(*args, add_prefix_space=True))
+    source, paddle = write_pair(tmp_path, write_bpe)
+    with open_source(source) as opened, pytest.raises(VerificationError, match=r"tokens +'Hello"):
+        compare_tokenizers(opened, paddle)
+
+
+def test_a_tokenizer_on_one_side_only_is_not_compared_and_that_is_said(folders, capsys, tmp_path):
+    factory.write_byte_tokenizer(tmp_path / "paddle", bos="<s>", eos="</s>", pad="<pad>")
+    source, paddle = write_pair(tmp_path / "other", write_bpe)
+    for file in (*paddle.glob("*token*"), paddle / "vocab.json", paddle / "merges.txt"):
+        file.unlink()
+    for args, whose in (
+        (folders, "the source"),
+        (["--torch", str(source), "--paddle", str(paddle)], "the Paddle folder"),
+    ):
+        assert main(args) == 0
+        assert f"tokenizers were not compared: {whose} has none." in capsys.readouterr().out
+
+
+def test_comparing_tokenizers_needs_neither_framework_too(tmp_path):
+    source, paddle = write_pair(tmp_path, write_sentencepiece)
+    test_content_needs_neither_paddle_nor_torch(["--torch", str(source), "--paddle", str(paddle)])
 
 
 # -------------------------------------------------------------------------------------------------- reports
@@ -200,6 +332,47 @@ def test_the_page_needs_nothing_from_elsewhere_and_begins_with_the_verdict(folde
     assert (len([tag for tag, a in found.tags if a.get("class", "").startswith("curve")]) == 8) == (
         level == "layerwise"
     )
+
+
+def marked(text: str) -> list[str]:
+    """The cells of the page that are marked as bad, each with the name of its row."""
+    rows = re.findall(r"<tr>(<td.*)</tr>", text)
+    cells = [re.findall(r"<td( class=\"bad\")?>([^<]*)", row) for row in rows]
+    heads = ("place", "Paddle", "torch", "times", "Paddle so far")
+    return [
+        f"{row[0][1]}: {heads[i]}" for row in cells for i, (bad, _) in enumerate(row[: len(heads)]) if bad and i != 0
+    ]
+
+
+def test_the_page_marks_where_an_error_is_made_and_not_what_follows(folders, tmp_path):
+    args = [*folders, "--level", "layerwise", "--report", str(tmp_path / "report.html")]
+    verify_factory.transposed("aquila.layers.1.self_attn.o_proj.weight", "").apply(tmp_path / "paddle")
+    assert main(args) == 1
+    cells = ["layer 1, attention: Paddle", "layer 1, attention: times"]
+    assert marked((tmp_path / "report.html").read_text()) == cells
+
+
+def test_the_page_marks_the_first_drift_that_no_place_makes_by_itself(folders, tmp_path, monkeypatch):
+    from aquila_pd.modeling import DecoderLayer
+
+    right = DecoderLayer.forward
+    monkeypatch.setattr(DecoderLayer, "forward", lambda self, x, *how: right(self, x, *how) + 1e-3 * x)
+    assert main([*folders, "--level", "layerwise", "--report", str(tmp_path / "report.html")]) == 1
+    assert marked((tmp_path / "report.html").read_text()) == ["layer 0, MLP: Paddle so far"]
+
+
+def test_the_report_names_the_weights_by_their_hashes_where_a_manifest_has_them(folders, tmp_path):
+    convert(tmp_path / "torch", tmp_path / "made", verify="none", say=lambda text: None)
+    for paddle, known in ((tmp_path / "paddle", False), (tmp_path / "made", True)):
+        for suffix in ("json", "html"):
+            report = tmp_path / f"{paddle.name}.{suffix}"
+            assert main([*folders[:3], str(paddle), "--report", str(report)]) == 0
+        digest = factory.digests(paddle)["model.safetensors"]
+        found = json.loads((tmp_path / f"{paddle.name}.json").read_text())
+        assert found["paddle"]["weights_sha256"] == ({"model.safetensors": digest} if known else None)
+        text = Page((tmp_path / f"{paddle.name}.html").read_text()).text
+        assert (digest in text) == known == ("Paddle weights: absent" not in text)
+        assert "torch weights: absent, as the folder has no manifest" in text
 
 
 def test_names_in_the_page_are_escaped(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import checkpoint_factory as factory
 import numpy as np
+import packers
 from safetensors.numpy import save_file
 
 HEADS = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
@@ -32,6 +33,99 @@ def both(root: Path, *, dtype: str | None = None, seed: int = 0, **changes) -> t
     weights = factory.weights(said, dtype=said["torch_dtype"], seed=seed)
     source = factory.write_safetensors(root / "torch", said, weights, shards=2)
     return source, paddle_folder(root / "paddle", said, factory.expected(weights), dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------- packed sources
+
+PACKED = ("gptq", "awq", "nf4", "nf4 double", "gguf", "aquila_v1")
+SIZES = {"num_key_value_heads": 4, "torch_dtype": "float16"}  # 32 wide at least, so that 3-bit zero points fill words
+
+
+def packed_source(root: Path, kind: str, **options) -> Path:
+    """A source whose projections are packed by the definition of the format; options: of gptq_source()."""
+    if kind == "gguf":
+        said = config()
+        return factory.write_gguf(root / "tiny.gguf", said, factory.weights(said), kind="Q8_0")
+    if kind == "aquila_v1":
+        factory.FAMILY_FOLDERS[kind](root / kind)
+        return root / kind
+    writers = {"gptq": gptq_source, "awq": awq_source, "nf4": nf4_source, "nf4 double": nf4_source}
+    more = {"double": True} if kind == "nf4 double" else options
+    return writers[kind](root / kind, **more)
+
+
+def _with_packed(folder: Path, said: dict, pack: Callable[[np.random.Generator, int, int], dict]) -> Path:
+    """A model whose projections are what `pack` makes of (out, in): end of a name -> array."""
+    model, rng = config(**SIZES), np.random.default_rng(5)
+    tensors = factory.weights(model, dtype="float16")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        members = pack(rng, *tensors.pop(name).shape)
+        tensors |= {f"{name.removesuffix('.weight')}.{kind}": value for kind, value in members.items()}
+    return factory.write_safetensors(folder, {**model, "quantization_config": said}, tensors, shards=2)
+
+
+def gptq_source(
+    folder: Path, *, bits: int = 4, size: int = 16, order: str = "given", less: int = 1, label: str = "gptq", sym=False
+) -> Path:
+    """order: of the inputs' groups, "given", "shuffled", "zeros" in the file, or "absent" from it."""
+
+    def pack(rng: np.random.Generator, out: int, in_: int) -> dict:
+        groups = [0 if size == -1 else i // size for i in range(in_)]
+        if order == "shuffled":
+            rng.shuffle(groups)
+        zeros = [[2 ** (bits - 1)] * out] * (max(groups) + 1)
+        if not sym:
+            zeros = rng.integers(1, 2**bits, (max(groups) + 1, out)).tolist()
+        members = packers.gptq(packers.random_integers(rng, in_, out, bits), zeros, bits, less=less)
+        index = {"g_idx": np.array([0] * in_ if order == "zeros" else groups, np.int32)}
+        scales = packers.random_scales(rng, max(groups) + 1, out)
+        return {**members, "scales": scales, **({} if order == "absent" else index)}
+
+    said = {"quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": order == "shuffled", "sym": sym}
+    return _with_packed(folder, {**said, "checkpoint_format": label}, pack)
+
+
+def awq_source(folder: Path) -> Path:
+    def pack(rng: np.random.Generator, out: int, in_: int) -> dict:
+        zeros = packers.random_integers(rng, in_ // 16, out, 4)
+        scales = packers.random_scales(rng, in_ // 16, out)
+        return {**packers.awq(packers.random_integers(rng, in_, out, 4), zeros), "scales": scales}
+
+    said = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
+    return _with_packed(folder, said, pack)
+
+
+def nf4_source(folder: Path, *, double: bool = False) -> Path:
+    def pack(rng: np.random.Generator, out: int, in_: int) -> dict:
+        blocks = out * in_ // 64
+        state = {"quant_type": "nf4", "blocksize": 64, "shape": [out, in_], "dtype": "float16"}
+        absmax = {"weight.absmax": rng.random(blocks, np.float32) + 0.1}
+        if double:
+            state |= {"nested_blocksize": 256, "nested_offset": 0.25, "nested_dtype": "float32"}
+            absmax = {
+                "weight.absmax": rng.integers(0, 256, blocks, np.uint8),
+                "weight.nested_absmax": rng.random(-(-blocks // 256), np.float32) + 0.5,
+                "weight.nested_quant_map": np.linspace(-1, 1, 256, dtype=np.float32),
+            }
+        return {
+            "weight": rng.integers(0, 256, (out * in_ // 2, 1), np.uint8),
+            "weight.quant_map": np.linspace(-1, 1, 16, dtype=np.float32),
+            "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8).copy(),
+            **absmax,
+        }
+
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
+    return _with_packed(folder, said, pack)
+
+
+def write_wrapped_bin(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
+    """A .bin in FlagAI's wrapper under Hugging Face's names."""
+    import torch
+
+    factory.write_config(folder, config)
+    state = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
+    torch.save({"module": state}, folder / "pytorch_model.bin")
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------- mutations

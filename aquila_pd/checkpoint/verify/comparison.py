@@ -3,23 +3,25 @@
 What both sides hold is compared by the levels of verification, each in its own file.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ... import families, shards
-from ...errors import CheckpointError, ConfigError, VerificationError, report
-from ...shards import DEFAULT_SHARD_SIZE, TensorInfo
+from ...errors import CheckpointError, ConfigError, VerificationError, report, shown_value
+from ...shards import DEFAULT_SHARD_SIZE, FLOATS, TensorInfo
 from ...weight_map import BASE_MODEL_PREFIX, Weight
 from ..layout import CONFIG, read_config
-from ..plan import NAMES, TAGS, make_plan
+from ..plan import TAGS, make_plan
 from ..sources import Source
 from ..targets import PADDLE, TORCH, find_target
 
 PADDLE_FAMILY = "aquila"
-SAVED_BY_PADDLENLP = ("paddlenlp_version", "tensor_parallel_output", "quantization_config")  # no part of the model
-# Casts that keep every value.
-WIDER = {("F16", "F32"), ("BF16", "F32")}
+SAVED_BY_PADDLENLP = ("paddlenlp_version", "tensor_parallel_output")  # no part of the model
+# PaddleNLP saves this with every model. Where one of its words says something, weights are packed when they are loaded.
+QUANTIZATION, PACKING = "quantization_config", ("weight_quantize_algo", "quant_type", "quant_method")
+EXACT = {*((tag, tag) for tag in FLOATS), ("F16", "F32"), ("BF16", "F32")}  # casts that keep every value
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class Sides:
         """Hugging Face names of the tensors the Paddle folder holds in a dtype that loses something."""
         stored = {name: tensor.dtype for name, tensor in self.source.tensors.items()}
         casts = {name: (stored[name], tag) for name, tag in self.paddle_dtypes.items()}
-        return [name for name, (old, new) in casts.items() if old != new and (old, new) not in WIDER]
+        return [name for name, cast in casts.items() if cast not in EXACT]
 
     @property
     def rounded_to(self) -> str | None:
         """The one dtype of the Paddle folder when something is rounded to it, as torch spells it."""
         tags = set(self.paddle_dtypes.values())
-        return NAMES.get(tags.pop()) if self.rounded and len(tags) == 1 else None
+        return FLOATS.get(tags.pop()) if self.rounded and len(tags) == 1 else None
 
 
 def compare_folders(source: Source, folder: Path) -> Sides:
@@ -67,7 +69,7 @@ def compare_folders(source: Source, folder: Path) -> Sides:
             f"{BASE_MODEL_PREFIX}. Convert the source first."
         )
     findings = config_differences(plan.config, config, folder)
-    findings += header_differences(list(plan.moves.values()), held)
+    findings += header_differences({name: weight.paddle_shape for name, weight in plan.moves.items()}, held)
     findings += _dtype_difference(config, held)
     if findings:
         headline = f"{folder} does not describe the model of {source.path}:"
@@ -80,7 +82,8 @@ def config_differences(wanted: dict, found: dict, folder: Path) -> list[str]:
 
     wanted: what a conversion of the source writes; found: what stands in the folder. Raises ConfigError.
     """
-    found = {key: value for key, value in found.items() if key not in SAVED_BY_PADDLENLP}
+    packing = found.get(QUANTIZATION)
+    found = {key: value for key, value in found.items() if key not in (*SAVED_BY_PADDLENLP, QUANTIZATION)}
     if found.get("model_type") != PADDLE_FAMILY:
         return [f"config      model_type: {PADDLE_FAMILY!r} was due, {CONFIG} says {found.get('model_type')!r}"]
     family = families.find_family(wanted, PADDLE_FAMILY)
@@ -89,25 +92,35 @@ def config_differences(wanted: dict, found: dict, folder: Path) -> list[str]:
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
     theirs = family.fields(wanted)
-    return [
+    return _packing_difference(packing) + [
         f"config      {name}: the source says {value!r}, {CONFIG} {ours[name]!r}"
         for name, value in theirs.items()
         if name != "dtype" and ours[name] != value  # the dtype may have been chosen
     ]
 
 
-def header_differences(weights: list[Weight], held: dict[str, TensorInfo]) -> list[str]:
-    """A line for each tensor that is missing, unexpected, misshapen or of a dtype no conversion writes."""
-    due = {weight.paddle: weight.paddle_shape for weight in weights}
+def header_differences(due: Mapping[str, tuple[int, ...]], held: Mapping[str, TensorInfo]) -> list[str]:
+    """A line for each tensor that is missing, unexpected, misshapen or of a dtype no conversion writes.
+
+    due: name in the folder -> shape.
+    """
     findings = [f"missing     {name}" for name in due if name not in held]
     findings += [f"unexpected  {name}" for name in held if name not in due]
-    for name in due.keys() & held.keys():
+    for name in [name for name in due if name in held]:
         info = held[name]
         if info.shape != due[name]:
             findings.append(f"shape       {name}: {list(due[name])} was due, the file has {list(info.shape)}")
-        if info.dtype not in NAMES:
-            findings.append(f"dtype       {name}: {info.dtype}; a conversion writes {', '.join(NAMES)}")
+        if info.dtype not in TAGS.values():
+            findings.append(f"dtype       {name}: {info.dtype}; a conversion writes {', '.join(TAGS.values())}")
     return findings
+
+
+def _packing_difference(packing: object) -> list[str]:
+    if packing is None:
+        return []
+    said = {key: packing.get(key) for key in PACKING} if isinstance(packing, dict) else {QUANTIZATION: packing}
+    asked = ", ".join(f"{key} = {shown_value(value)}" for key, value in said.items() if value is not None)
+    return [f"config      {QUANTIZATION}: {asked} packs the weights when they are loaded"] if asked else []
 
 
 def _dtype_difference(config: dict, held: dict[str, TensorInfo]) -> list[str]:

@@ -1,7 +1,8 @@
 """Does the output hold what the source holds? Every value of both is read again and compared.
 
-Shared with the conversion, and so not found wrong here: the table of weights and Source.read (names, unpacking, the
-order of rotary rows). Only the move is checked, through numpy's own cast and transpose.
+Shared with the conversion, and so not found wrong so: the table of weights and Source.read (names, unpacking, the order
+of rotary rows). The move is checked, through numpy's own cast and transpose; and where Source.read does more than hand
+out stored values, a sample is worked out anew by independent.py.
 """
 
 import math
@@ -20,10 +21,12 @@ from ..pipeline import buffer_size, in_order
 from ..progress import Progress
 from ..sources import ALL, Source
 from ..targets import PADDLE, Target, find_target
+from .comparison import EXACT, header_differences
+from .independent import recomputed
 from .result import Verified
 
 BLOCK = 512  # rows and columns compared at a time; both sides of a transposed block fit the cache
-EXACT = {*((tag, tag) for tag in FLOATS), ("F16", "F32"), ("BF16", "F32")}  # casts that keep every value
+ADVICE = "Convert again; report it if it repeats."
 
 
 @dataclass
@@ -50,26 +53,27 @@ def verify_content(source: Source, output: Path, *, target: Target | None = None
     target = target or find_target(PADDLE)
     wanted = {target.name(weight): weight for weight in weights(source.dims)}
     held = shards.read_layout(output)
-    findings = [f"missing     {name}" for name in wanted if name not in held]
-    findings += [f"unexpected  {name}" for name in held if name not in wanted]
-    findings += [
-        f"shape       {name}: {list(held[name].shape)}, its source {list(target.shape(weight))}"
-        for name, weight in wanted.items()
-        if name in held and held[name].shape != target.shape(weight)
-    ]
-    if not findings:
-        found = _compare(source, held, wanted, target, workers=workers)
-        worst = sorted(((d.worst, name, d) for name, d in found.items() if d.differing), reverse=True)
-        findings = [f"values      {name}: {d.differing:,} of {d.compared:,}; {d.line}" for _, name, d in worst]
+    findings = header_differences({name: target.shape(weight) for name, weight in wanted.items()}, held)
+    found = {} if findings else _compare(source, held, wanted, target, workers=workers)
+    worst = sorted(((d.worst, name, d) for name, d in found.items() if d.differing), reverse=True)
+    findings += [f"values      {name}: {d.differing:,} of {d.compared:,}; {d.line}" for _, name, d in worst]
     if findings:
         headline = f"The output does not hold what {source.path} holds (worst first):"
-        raise VerificationError(report(headline, findings, "Convert again; report it if it repeats."))
-    pairs = {(source.tensors[weight.hf].dtype, held[name].dtype) for name, weight in wanted.items()}
+        raise VerificationError(report(headline, findings, _why_changed(source, held) + ADVICE))
+    places = {weight.hf: (held[name], target.turns(weight)) for name, weight in wanted.items()}
+    pairs = {(source.tensors[name].dtype, info.dtype) for name, (info, _) in places.items()}
     rounded = sorted(FLOATS[to] for _, to in pairs - EXACT)
     after = f" after rounding to {' and '.join(dict.fromkeys(rounded))}" if rounded else ""
     values = sum(d.compared for d in found.values())
     assert values == sum(math.prod(weight.hf_shape) for weight in wanted.values())
-    return Verified("content", values, f"content equal{after} ({values:,} values)")
+    return Verified("content", values, f"content equal{after} ({values:,} values{recomputed(source, places)})")
+
+
+def _why_changed(source: Source, held: dict[str, TensorInfo]) -> str:
+    """What to say when a file of the source is newer than the output made of it."""
+    made = [info.file.stat().st_mtime_ns for info in held.values()]
+    newer = [path.name for path in source.files if made and path.stat().st_mtime_ns > min(made)]
+    return f"{newer[0]} of the source was written after the output was: it may be another by now.\n" if newer else ""
 
 
 def _compare(
@@ -99,16 +103,18 @@ def _compare(
 
 def _compare_part(source: Source, weight: Weight, info: TensorInfo, rows: slice, *, turned: bool) -> Differences:
     """Compare rows of the output with what the source holds there, both turned to the source's layout."""
-    tensor = source.read(weight.hf, ALL, rows) if turned else source.read(weight.hf, rows)
-    there = shards.view(info)[rows]
-    found = _compare_arrays(tensor, there.T if turned else there, rows.start, turned=turned)
-    shards.release(tensor)
+    there, found = shards.view(info)[rows], Differences()
+    for some in source.tiles(weight.hf) if turned else [rows]:  # rows of the source
+        tensor = source.read(weight.hf, some, rows if turned else ALL)
+        begin = (some.start, rows.start if turned else 0)
+        found.add(_compare_arrays(tensor, there[:, some].T if turned else there, begin))
+        shards.release(tensor)
     shards.release(there)
     return found
 
 
-def _compare_arrays(tensor: np.ndarray, there: np.ndarray, begin: int, *, turned: bool) -> Differences:
-    """begin: the first column (turned) or row in the whole tensor."""
+def _compare_arrays(tensor: np.ndarray, there: np.ndarray, begin: tuple[int, int]) -> Differences:
+    """begin: the first row and column of these parts in the whole tensor."""
     matrix = tensor.ndim == 2
     a, b = (tensor, there) if matrix else (tensor[:, None], there[:, None])
     found = Differences(compared=tensor.size)
@@ -121,7 +127,7 @@ def _compare_arrays(tensor: np.ndarray, there: np.ndarray, begin: int, *, turned
             unequal = _bits(wanted) != _bits(held)
             if unequal.any():
                 size, at = _largest(wanted, held, unequal)
-                place = (r + at[0], c + at[1] + begin) if turned else (r + at[0] + begin, c + at[1])
+                place = (begin[0] + r + at[0], begin[1] + c + at[1])
                 line = f"at {list(place[: tensor.ndim])} the source says {wanted[at]}, the output {held[at]}"
                 found.add(Differences(0, int(unequal.sum()), size, line))
     return found

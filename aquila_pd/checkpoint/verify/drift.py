@@ -75,7 +75,8 @@ class Place:
         return self.isolated.proven and (self.accumulated is None or self.accumulated.proven)
 
     def as_dict(self) -> dict:
-        return {**asdict(self), "ratio": self.isolated.ratio, "proven": self.proven}
+        alone = {"ratio": self.isolated.ratio, "isolated_proven": self.isolated.proven}
+        return {**asdict(self), **alone, "proven": self.proven}
 
 
 @dataclass(frozen=True)

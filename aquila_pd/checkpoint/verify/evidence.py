@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import ConfigError, VerificationError
+from ...errors import CheckpointError, ConfigError, VerificationError
 from ...files import read_object
 from ..layout import CONFIG
+from ..manifest import MANIFEST, read_manifest
 from ..pipeline import count_workers
 from ..reporting import VERSIONS_OF
 from ..sources import Source
@@ -26,6 +27,7 @@ from .drift import FACTOR, FLOOR_LARGEST, UNSOUND
 from .layerwise import Proof, run_layerwise
 from .logits import check_logits_possible, check_torch, token_ids_for, verify_logits
 from .result import Verified
+from .tokens import compare_tokenizers
 
 LEVELS = ("content", "logits", "layerwise")
 MADE_BY = "aquila_pd verify"  # how an earlier report is recognised
@@ -43,6 +45,7 @@ class Evidence:
     prompt: str | None
     ids: np.ndarray | None = None  # [B, T]
     about_ids: str = ""
+    about_tokenizers: str = ""
     sides: Sides | None = None
     verified: Verified | None = None
     proof: Proof | None = None
@@ -53,13 +56,14 @@ class Evidence:
     def sentence(self) -> str:
         if self.failure:
             return str(self.failure)
-        return self.verified.sentence + (self.about_ids if self.level == "layerwise" else "")
+        about_ids = self.about_ids if self.level == "layerwise" else ""
+        return f"{self.verified.sentence}{about_ids}{self.about_tokenizers}"
 
 
 def prove(
     source: Source, folder: Path, *, level: str, prompt: str | None = None, say: Callable[[str], None] = print
 ) -> Evidence:
-    """Run a level, after comparing config and headers. What is not proven is kept in the result, not raised."""
+    """Run a level, after comparing config, headers and tokenizers. What is not proven is kept, not raised."""
     evidence = Evidence(source, folder, level, prompt)
     if level == "logits":
         check_logits_possible(source)
@@ -70,6 +74,7 @@ def prove(
     try:
         evidence.sides = compare_folders(source, folder)
         say(f"  config and headers agree ({len(evidence.sides.weights)} tensors)")
+        evidence.about_tokenizers = compare_tokenizers(source, folder, prompt)
         evidence.verified = _run_level(evidence, say)
     except VerificationError as error:
         evidence.failure = error
@@ -135,6 +140,7 @@ def _about_source(source: Source) -> dict:
         "dtypes": dict(Counter(tensor.dtype for tensor in source.tensors.values())),
         "bytes": source.nbytes,
         "config_sha256": _hash(source.path / CONFIG),
+        "weights_sha256": _weight_hashes(source.path),
         "notes": list(source.notes),
     }
 
@@ -147,6 +153,7 @@ def _about_folder(evidence: Evidence) -> dict:
         "rounded_tensors": len(evidence.sides.rounded) if evidence.sides else None,
         "bytes": sum(info.nbytes for info in held),
         "config_sha256": _hash(evidence.folder / CONFIG),
+        "weights_sha256": _weight_hashes(evidence.folder),
         "config": read_object(evidence.folder / CONFIG, ConfigError),
     }
 
@@ -172,6 +179,15 @@ def _about_layers(proof: Proof) -> dict:
 
 def _hash(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _weight_hashes(folder: Path) -> dict[str, str] | None:
+    """File -> sha256 as the folder's manifest says, which is not hashed again; None without a manifest."""
+    try:
+        files = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    except CheckpointError:
+        return None
+    return {name: about["sha256"] for name, about in files.items() if name.endswith(".safetensors")} or None
 
 
 def _versions() -> dict[str, str]:

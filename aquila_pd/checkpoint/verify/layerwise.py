@@ -1,8 +1,9 @@
 """Does every layer compute what torch's computes? Both frameworks run side by side, one decoder layer at a time.
 
 A model far larger than the memory can be proven so: never more than one layer of one framework is there, rows of the
-embedding are gathered, and the head is applied in slices of the vocabulary. Of the embedding it sees the rows of its
-token ids only; `content` sees the rest.
+embedding are gathered, and the head is applied in slices of the vocabulary. Rows of the embedding that no token asks
+for are compared as they are, so that every value of the Paddle folder has a part in the proof. Where torch's weights
+had to be read by this project's own reader, a sample of them is worked out anew by independent.py.
 
     reference   the decoder in float64, weights as the Paddle folder should hold them
     control     transformers' layers in float32 on the same weights: what float32 alone costs
@@ -14,14 +15,15 @@ source has them. What it differs by is the price of that dtype, reported and not
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ...errors import VerificationError, report
 from ..progress import duration
 from .comparison import Sides
-from .drift import FACTOR, UNSOUND, Drift, LogitDrift, LogitTotal, Pair, Place, drift, floor_for
+from .drift import FACTOR, UNSOUND, Drift, DriftTotal, LogitDrift, LogitTotal, Pair, Place, drift, floor_for
+from .independent import recomputed
 from .logits import llama_config
 from .result import Verified
 
@@ -33,7 +35,10 @@ LISTED = 12  # places named in a message
 
 @dataclass
 class Proof:
-    """What a run found. how: who read torch's weights; logits: of ours, control and (when rounded) stored."""
+    """What a run found. how: who read torch's weights; logits: of ours, control and (when rounded) stored.
+
+    anew: what to say of weights that were worked out a second time.
+    """
 
     ids: np.ndarray
     how: str
@@ -41,6 +46,7 @@ class Proof:
     places: list[Place] = field(default_factory=list)
     logits: dict[str, LogitDrift] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)  # of each layer
+    anew: str = ""
 
     @property
     def proven(self) -> bool:
@@ -62,9 +68,12 @@ class Proof:
             f"{len(self.seconds)} layers equal on {len(self.ids)} tokens (worst at {self.worst.name}: "
             f"{self.worst.isolated.ratio:.1f} times the drift that float32 explains, allowed {FACTOR:g}); logits: "
             f"same most likely token at {ours.agreement:.1%} (torch {control.agreement:.1%}), "
-            f"KL at most {ours.largest_kl:.1e} (torch {control.largest_kl:.1e})"
+            f"KL at most {ours.largest_kl:.1e} (torch {control.largest_kl:.1e}){self._reading()}"
         )
         return Verified("layerwise", len(self.places), sentence, ours.drift.largest)
+
+    def _reading(self) -> str:
+        return "" if self.independent else f"; torch's weights were read by {self.how}{self.anew}"
 
 
 @dataclass
@@ -94,7 +103,10 @@ def run_layerwise(sides: Sides, ids: np.ndarray, *, say: Callable[[str], None] =
         runners["stored"] = Reference(config, weights, rounded=False)
     proof = Proof(ids, weights.how, weights.independent)
     streams = _Streams(runners, {name: runner.embed(ids) for name, runner in runners.items()})
-    proof.places.append(_embedding(streams))
+    if not weights.independent:
+        places = {weight.hf: (sides.held[weight.paddle], weight.transpose) for weight in sides.weights}
+        proof.anew = recomputed(sides.source, places)
+    proof.places.append(_embedding(streams, sides.source.dims.vocab))
     for i in _with_progress(config.num_hidden_layers, proof.seconds, say):
         proof.places += _run_layer(streams, i)
         weights.let_go()
@@ -104,11 +116,24 @@ def run_layerwise(sides: Sides, ids: np.ndarray, *, say: Callable[[str], None] =
     return proof
 
 
-def _embedding(streams: _Streams) -> Place:
-    """Rows are copied, so whatever differs is not the arithmetic's doing: no drift is allowed."""
+def _embedding(streams: _Streams, vocabulary: int) -> Place:
+    """Rows are copied, so whatever differs is not the arithmetic's doing: no drift is allowed, in no row."""
     found = _against(streams.x, streams.x["reference"])
-    isolated = Pair(found["ours"], found["control"], floor=0.0)
-    return Place("embedding", None, isolated, isolated, found.get("stored"))
+    everywhere = _embedding_rows(streams, vocabulary)
+    seen = Pair(found["ours"], found["control"], floor=0.0)
+    return Place("embedding", None, replace(seen, ours=everywhere or seen.ours), seen, found.get("stored"))
+
+
+def _embedding_rows(streams: _Streams, vocabulary: int) -> Drift | None:
+    """The drift of those blocks of rows in which any value differs; None when none does."""
+    step = max(1, SLICE // streams.x["reference"].shape[1])
+    total = DriftTotal()
+    for first in range(0, vocabulary, step):
+        rows = slice(first, min(first + step, vocabulary))
+        reference, ours = (streams.runners[name].embedding(rows) for name in ("reference", "ours"))
+        if not np.array_equal(reference, ours, equal_nan=True):
+            total.add(ours, reference.astype(np.float64))
+    return total.drift() if total.count else None
 
 
 def _run_layer(streams: _Streams, i: int) -> list[Place]:

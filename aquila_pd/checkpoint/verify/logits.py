@@ -23,17 +23,30 @@ AFFORDABLE = 1024  # max_position_embeddings up to which ids of that length are 
 # all of it.
 TOLERANCE = 1e-3
 ADVICE = "Nothing was kept. Convert again with --verify content to see whether values were lost."
+INSTEAD = "Use --verify content; `aquila-pd verify --level layerwise` runs both models on any source."
 TORCH_EXTRA = 'Install what is missing with pip install "aquila_pd[verify,gguf]", or compare content only.'
 
 
 def check_logits_possible(source: Source) -> None:
     """Raise before the conversion what would otherwise be found after it."""
+    why = None
     if not source.family.runs_as_llama:
-        raise ConfigError(
-            f"Logits of family {source.family.name} cannot be compared: transformers does not read its files.\n"
-            "Use --verify content."
-        )
-    check_torch(source)
+        why = f"transformers does not read files of family {source.family.name}"
+    elif source.layout.kind != "gguf" and (packed := sorted({t.packed for t in source.tensors.values() if t.packed})):
+        why = f"transformers does not unpack {', '.join(packed)} here"
+    else:
+        check_torch(source)
+        if source.layout.kind == "torch_bin" and (wrapped := _wrapped_file(source)):
+            why = f'the weights in {wrapped} are wrapped in {{"module": ...}}, where transformers does not find them'
+    if why:
+        raise ConfigError(f"Logits of {source.path} cannot be compared: {why}.\n{INSTEAD}")
+
+
+def _wrapped_file(source: Source) -> str | None:
+    """The first file that holds its weights in FlagAI's wrapper."""
+    from .torch_side import is_wrapped, load_bin
+
+    return next((path.name for path in source.files if is_wrapped(load_bin(path))), None)
 
 
 def check_torch(source: Source) -> None:

@@ -31,9 +31,13 @@ class Ours:
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """ids [T] -> [T, D]"""
-        rows = self._view(EMBEDDING)
-        found = rows[ids].astype(np.float32)
-        shards.release(rows)
+        return self.embedding(ids)
+
+    def embedding(self, rows: slice | np.ndarray) -> np.ndarray:
+        """These rows of the embedding in float32."""
+        stored = self._view(EMBEDDING)
+        found = stored[rows].astype(np.float32)
+        shards.release(stored)
         return found
 
     @contextmanager

@@ -113,7 +113,7 @@ def _tokens(tokens: dict) -> str:
     count = sum(map(len, tokens["ids"]))
     text = f"the prompt {tokens['prompt']!r}" if tokens["prompt"] is not None else "fixed pseudo-random ids"
     seen, of = tokens["embedding_rows"]
-    return f"{count}, {text}; {seen:,} of {of:,} rows of the embedding"
+    return f"{count}, {text}; {seen:,} of {of:,} rows of the embedding were run"
 
 
 def _list(rows: Iterable[tuple[str, str]]) -> str:
@@ -236,27 +236,42 @@ def _table(found: dict) -> str:
         numbers.append(f"{times:.2f}" if times < 100 else f"{times:.2g}")
         numbers += [_short(so_far[whose]["rms"]) for whose in ("ours", "control")] if so_far else ["", ""]
         numbers.append(_short(place["rounding"]["rms"]) if place["rounding"] else "")
-        rows.append((place["name"], *numbers, place["proven"]))
+        rows.append((place["name"], *numbers))
     if not any(place["rounding"] for place in found["places"]):
-        heads, rows = heads[:-1], [(*row[:-2], row[-1]) for row in rows]
-    body = [(row[:-1], "" if row[-1] else "bad") for row in rows]
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
     return (
         '<h2>Place by place</h2>\n<p class="quiet">Drift as rms, first of each place by itself, fed with the '
         "reference's values, and how many times what float32 explains it is in Paddle; then so far, fed with what the "
-        "same framework computed before.</p>\n" + _rows(heads, *zip(*body, strict=True))
+        "same framework computed before.</p>\n" + _rows(heads, rows, _culprits(found["places"]))
     )
 
 
-def _rows(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], kinds: Iterable[str] | None = None) -> str:
+ALONE, SO_FAR = {0, 1, 3}, {0, 4}  # cells of a row that say where an error is made
+
+
+def _culprits(places: list[dict]) -> list[set[int]]:
+    """The cells of each row that are marked: of places that fail by themselves, and failing such a place above, of the
+    first where the drift so far is too much. What follows an error has it too, and no part in it."""
+    marked, made = [], False
+    for place in places:
+        alone = not place["isolated_proven"]
+        first = not (place["proven"] or alone or made)
+        marked.append(ALONE if alone else SO_FAR if first else set())
+        made = made or alone or first
+    return marked
+
+
+def _rows(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], marked: list[set[int]] | None = None) -> str:
+    """marked: of each row the cells that are bad."""
     rows = list(rows)
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-    body = "\n".join(_row(row, kind) for row, kind in zip(rows, kinds or [""] * len(rows), strict=True))
+    body = "\n".join(_row(row, bad) for row, bad in zip(rows, marked or [set()] * len(rows), strict=True))
     return f'<div class="wide"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
-def _row(cells: tuple[str, ...], kind: str) -> str:
-    opening = f'<td class="{kind}">' if kind else "<td>"
-    return "<tr>" + "".join(f"{opening}{escape(cell)}</td>" for cell in cells) + "</tr>"
+def _row(cells: tuple[str, ...], bad: set[int]) -> str:
+    openings = ('<td class="bad">' if i in bad else "<td>" for i in range(len(cells)))
+    return "<tr>" + "".join(f"{td}{escape(cell)}</td>" for td, cell in zip(openings, cells, strict=True)) + "</tr>"
 
 
 def _short(value: float | str) -> str:
@@ -270,7 +285,16 @@ def _settings(found: dict) -> str:
         *([("memory", f"{found['peak_memory_bytes'] / 1e9:.2f} GB at the most")] if found["peak_memory_bytes"] else []),
         ("machine", found["machine"]),
         ("versions", versions),
-        ("config.json", f"torch {found['torch']['config_sha256'] or 'none'}"),
-        ("", f"Paddle {found['paddle']['config_sha256'] or 'none'}"),
+        ("sha256", f"torch config.json {found['torch']['config_sha256'] or 'none'}"),
+        ("", f"Paddle config.json {found['paddle']['config_sha256'] or 'none'}"),
+        *_hashes("torch", found["torch"]["weights_sha256"]),
+        *_hashes("Paddle", found["paddle"]["weights_sha256"]),
     ]
     return f"<h2>Where and with what</h2>\n{_list(rows)}"
+
+
+def _hashes(side: str, files: dict[str, str] | None) -> list[tuple[str, str]]:
+    """Of the files with weights, as the folder's manifest has them."""
+    if not files:
+        return [("", f"{side} weights: absent, as the folder has no manifest")]
+    return [("", f"{side} {name} {digest}, by its manifest") for name, digest in files.items()]

@@ -7,6 +7,7 @@ Nothing here goes through this project's reading of config.json, its table of we
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,13 +16,15 @@ from safetensors import safe_open
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from ...shards import FLOATS
 from ..sources import Source
 
 BLOCK = 8 << 20  # values of a matrix in memory at a time where it is used in slices: 64 MB of float64
 ALL = slice(None)
 LAYER = "model.layers.{i}."
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WRAPPER = "module"  # FlagAI saves {"module": state_dict}
+DTYPES = {tag: getattr(torch, name) for tag, name in FLOATS.items()}
 
 
 class Weights:
@@ -66,7 +69,8 @@ class Weights:
         file = self._source.tensors[name].file
         if self._open[0] != file:
             self.let_go()
-            self._open = (file, _load(self._source.path / file))
+            content = load_bin(self._source.path / file)
+            self._open = (file, content[WRAPPER] if is_wrapped(content) else content)
         return self._open[1][name].detach()[rows]
 
     def _ours(self, name: str, rows: slice) -> torch.Tensor:
@@ -82,11 +86,16 @@ def _as_it_stands(source: Source) -> bool:
     return source.family.runs_as_llama and not packed and not source.config.get("quantization_config")
 
 
-def _load(path) -> dict:
+def load_bin(path: Path) -> dict:
+    """What torch.load makes of a file, its tensors mapped where the format allows."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # torch's format from before 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def is_wrapped(content: dict) -> bool:
+    return isinstance(content.get(WRAPPER), dict)
 
 
 # ------------------------------------------------------------------------------------------ the float64 decoder
@@ -112,6 +121,10 @@ class Reference:
 
     def norm(self, x: np.ndarray) -> np.ndarray:
         return self.rms_norm(torch.from_numpy(x), FINAL_NORM).numpy()
+
+    def embedding(self, rows: slice) -> np.ndarray:
+        """These rows of the embedding in float32, which holds all that is stored in a Paddle folder."""
+        return self._weights.part(EMBEDDING, rows, rounded=self._rounded).float().numpy()
 
     def head(self, x: np.ndarray, rows: slice) -> np.ndarray:
         """[T, D] -> logits [T, v] of these rows of the vocabulary."""
