@@ -1,20 +1,22 @@
 """SentencePiece models (tokenizer.model): read, and made into a `tokenizers.Tokenizer` that gives the same ids.
 
-What the files beside a model add to it - bos and eos around a text, more tokens - is tokenizer_files.py's subject.
+What the files beside a model add to it - bos and eos around a text, more tokens - is tokenizer_folder.py's subject.
 """
 
+import math
 import re
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from .errors import TokenizerError, report
 from .files import refuse_lfs_pointer
+from .sentencepiece_merges import Merges, recover_merges
 
 SPACE = "▁"  # how pieces spell a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
@@ -29,6 +31,10 @@ NAME_FIELDS = {
     "eos_token": (47, "</s>"),
     "pad_token": (48, "<pad>"),
 }
+
+MAX_BYTES = 64_000_000  # of a tokenizer.model; the largest known have five million
+LONGEST_PIECE = 256  # characters; trainers allow 16 unless told otherwise
+MOST_LETTERS = 4_000_000  # of all pieces; a vocabulary of 250,000 has two million
 
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5  # how protobuf stores a value
 FIXED = {EIGHT_BYTES: 8, FOUR_BYTES: 4}
@@ -99,9 +105,18 @@ def read_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         at += size
 
 
+def value_of(fields: dict[int, int | bytes], number: int, default: int | bytes) -> int | bytes:
+    """A field of a message, or what it is when absent, which is of the kind it has to be of."""
+    value = fields.get(number, default)
+    if not isinstance(value, type(default)):
+        raise ValueError(f"field {number} of a part is stored as a value of another kind")
+    return value
+
+
 def read_piece(data: bytes) -> tuple[str, float, int]:
-    found = {1: b"", 2: b"\0\0\0\0", 3: NORMAL, **dict(read_fields(data))}
-    return found[1].decode("utf-8"), struct.unpack("<f", found[2])[0], found[3]
+    fields = dict(read_fields(data))
+    piece = value_of(fields, 1, b"").decode("utf-8")
+    return piece, struct.unpack("<f", value_of(fields, 2, bytes(4)))[0], value_of(fields, 3, NORMAL)
 
 
 def parse_model(data: bytes) -> SentencePieceModel:
@@ -116,18 +131,18 @@ def parse_model(data: bytes) -> SentencePieceModel:
         raise ValueError("it lists no pieces")
     trainer, normalizer, denormalizer = parts[2], parts[3], parts[5]
     special = {piece for piece, _, kind in pieces if kind in (UNKNOWN, CONTROL)}
-    names = {key: trainer.get(at, usual.encode()).decode("utf-8") for key, (at, usual) in NAME_FIELDS.items()}
+    names = {key: value_of(trainer, at, usual.encode()).decode("utf-8") for key, (at, usual) in NAME_FIELDS.items()}
     return SentencePieceModel(
         *map(list, zip(*pieces, strict=True)),
-        kind=trainer.get(3, UNIGRAM),
-        byte_fallback=bool(trainer.get(35, False)),
-        space_at_end=bool(trainer.get(24, False)),
+        kind=value_of(trainer, 3, UNIGRAM),
+        byte_fallback=bool(value_of(trainer, 35, 0)),
+        space_at_end=bool(value_of(trainer, 24, 0)),
         names={key: name for key, name in names.items() if name in special},
-        charsmap=normalizer.get(2, b""),
-        dummy_prefix=bool(normalizer.get(3, True)),
-        remove_extra_whitespaces=bool(normalizer.get(4, True)),
-        escape_whitespaces=bool(normalizer.get(5, True)),
-        changes_decoded_text=bool(denormalizer.get(2, b"")),
+        charsmap=value_of(normalizer, 2, b""),
+        dummy_prefix=bool(value_of(normalizer, 3, 1)),
+        remove_extra_whitespaces=bool(value_of(normalizer, 4, 1)),
+        escape_whitespaces=bool(value_of(normalizer, 5, 1)),
+        changes_decoded_text=bool(value_of(denormalizer, 2, b"")),
     )
 
 
@@ -135,8 +150,16 @@ def read_model(path: Path) -> SentencePieceModel:
     """The model in a tokenizer.model. Raises TokenizerError when it is damaged."""
     path = Path(path)
     refuse_lfs_pointer(path, TokenizerError)
+    refuse_larger(path, MAX_BYTES)
     found = path.stat()
     return read_once(path, (found.st_mtime_ns, found.st_size))
+
+
+def refuse_larger(path: Path, limit: int) -> None:
+    """Raise TokenizerError for a file of more bytes than one of its kind has."""
+    size = path.stat().st_size
+    if size > limit:
+        raise TokenizerError(f"{path} has {size:,} bytes; more than {limit:,} are taken for damage. Fetch it again.")
 
 
 @lru_cache(maxsize=1)  # names, tokens and ids of one folder are asked for one after the other
@@ -152,7 +175,7 @@ def read_once(path: Path, version: tuple[int, int]) -> SentencePieceModel:
 
 def check_model(model: SentencePieceModel, path: Path) -> None:
     """Raise TokenizerError, with all findings, for a model that a Tokenizer would not follow to the same ids."""
-    findings = []
+    findings = damage_in(model)
     if model.kind not in (UNIGRAM, BPE):
         findings.append(f"it is of kind {KINDS.get(model.kind, model.kind)!r}; bpe and unigram can be read")
     if len(set(model.pieces)) != len(model.pieces):
@@ -174,6 +197,54 @@ def check_model(model: SentencePieceModel, path: Path) -> None:
         raise TokenizerError(report(f"{path} cannot be read with the same ids:", findings, advice))
 
 
+def damage_in(model: SentencePieceModel) -> list[str]:
+    """What no trainer writes, and what would take for ever."""
+    findings = []
+    longest, letters = max(map(len, model.pieces)), sum(map(len, model.pieces))
+    if longest > LONGEST_PIECE:
+        findings.append(f"it has a piece of {longest:,} characters; up to {LONGEST_PIECE} can be read")
+    if letters > MOST_LETTERS:
+        findings.append(f"its pieces have {letters:,} characters together; up to {MOST_LETTERS:,} can be read")
+    if "" in model.pieces:
+        findings.append("it has a piece without any character")
+    strange = sum(not math.isfinite(score) for score in model.scores)
+    if strange:
+        findings.append(f"the scores of {strange} pieces are no numbers")
+    if model.charsmap and not is_charsmap(model.charsmap):
+        findings.append("the table of its normalizer (precompiled_charsmap) is damaged")
+    return findings
+
+
+def is_charsmap(data: bytes) -> bool:
+    """Whether a normalizer's table leads nowhere out of itself; the library believes it, and panics in the end.
+
+    Its size, a trie of 32-bit units, and the texts that the trie's leaves point at. A unit with the highest bit is a
+    leaf; another points at a block of 256, one for each byte that may follow, and at a leaf when bit 8 is set.
+    """
+    size = int.from_bytes(data[:4], "little")
+    trie, texts = data[4 : 4 + size], data[4 + size :]
+    if not size or size % 4 or len(trie) != size:
+        return False
+    units = np.frombuffer(trie, dtype="<u4").astype(np.int64)
+    target = np.arange(len(units)) ^ ((units >> 10) << ((units & 512) >> 6))
+    inner = units < 2**31
+    if (target[inner] | 255).max(initial=0) >= len(units):
+        return False
+    begins = units[target[inner & (units & 256 != 0)]] & (2**31 - 1)
+    if begins.max(initial=0) >= len(texts):
+        return False
+    within = np.frombuffer(texts, dtype=np.uint8)[begins] & 0xC0 == 0x80  # the middle of a character
+    return is_utf8(texts) and not within.any()
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 # ---------------------------------------------------------------------------------------------------- building
 
 
@@ -183,15 +254,14 @@ def scores_of(model: SentencePieceModel) -> dict[str, float]:
     return {piece: score for piece, score, kind in rows if kind == NORMAL}
 
 
-def recover_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """The merges behind the pieces, in order.
+@lru_cache(maxsize=1)
+def merges_once(pieces: tuple[tuple[str, float], ...]) -> Merges:
+    return recover_merges(dict(pieces))
 
-    sentencepiece keeps none: of all neighbours that spell a piece it joins those with the best score. So every cut
-    of a piece into two others is a merge, and pieces take their turn by score.
-    """
-    ranked = sorted(scores, key=scores.__getitem__, reverse=True)
-    cuts = ((piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece)))
-    return [cut for cut in cuts if cut[0] in scores and cut[1] in scores]
+
+def merges_of(model: SentencePieceModel) -> Merges:
+    """The merges behind the pieces of a bpe model; asked for twice, by who builds it and by who doubts it."""
+    return merges_once(tuple(scores_of(model).items()))
 
 
 def build_model(model: SentencePieceModel) -> models.Model:
@@ -200,7 +270,7 @@ def build_model(model: SentencePieceModel) -> models.Model:
         rows = list(zip(model.pieces, model.scores, strict=True))
         return models.Unigram(rows, unk_id=model.pieces.index(unknown), byte_fallback=model.byte_fallback)
     vocab = {piece: i for i, piece in enumerate(model.pieces)}
-    merges = recover_merges(scores_of(model))
+    merges = merges_of(model).ordered
     return models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback)
 
 
@@ -229,18 +299,21 @@ def build_decoder(*, strip: int) -> decoders.Decoder:
 
 
 def doubts(model: SentencePieceModel) -> list[str]:
-    """What may be cut differently from sentencepiece; nothing for a model as its trainer usually leaves it."""
+    """What may be cut differently from sentencepiece, a sentence each; nothing for a model as its trainer left it."""
     found = []
     if model.kind == BPE:
-        scores = scores_of(model)
-        shared = Counter(score for piece, score in scores.items() if len(piece) > 1)
-        tied = sum(count for count in shared.values() if count > 1)
-        odd = sum(len(piece) > 1 and not scores.keys() >= set(piece) for piece in scores)
-        if tied:
-            found.append(f"{tied} pieces share a score: where they overlap, the lower id goes first, not the leftmost")
-        if odd:
-            found.append(f"{odd} pieces hold characters that are no pieces: such a character is not merged")
-    normalizer = build_normalizer(model, prefix=model.dummy_prefix)
+        merges, symbols = merges_of(model), set(model.of_type(USER_DEFINED))
+        otherwise = [piece for piece in merges.spelled_otherwise if symbols.isdisjoint(piece)]
+        if merges.doubtful:
+            found.append(
+                f"{len(merges.doubtful)} pieces share their score with others they overlap: where they meet in a text, "
+                "one further right may be taken first, and sentencepiece takes the leftmost"
+            )
+        if otherwise:
+            found.append(
+                f"{len(otherwise)} pieces hold characters that are no pieces themselves: these pieces are never made"
+            )
+    normalizer = build_normalizer(model, prefix=False)
     changed = [piece for piece in model.of_type(USER_DEFINED) if normalizer.normalize_str(piece) != piece]
     if changed:
         found.append(f"the normalizer changes {len(changed)} user-defined pieces: text behind them begins anew")
@@ -262,9 +335,9 @@ def build_backend(model: SentencePieceModel, *, prefix: bool = True, legacy: boo
     backend.decoder = build_decoder(strip=ALL_SPACES if model.remove_extra_whitespaces else int(prefix))
     special = [piece for piece, kind in zip(model.pieces, model.types, strict=True) if kind in (UNKNOWN, CONTROL)]
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    for piece in model.of_type(USER_DEFINED):
-        # looked for after normalizing, so that the space in front is that of the whole text; a piece that the charsmap
-        # would change is looked for before
-        stays = backend.normalizer.normalize_str(piece) == piece
-        backend.add_tokens([AddedToken(piece, special=False, normalized=stays)])
+    # Looked for after normalizing, so that the space in front is that of the whole text; a piece that the charsmap
+    # would change is looked for before. All in one call: each goes through all the tokens there are.
+    normalizer = build_normalizer(model, prefix=False)
+    symbols = [(piece, normalizer.normalize_str(piece) == piece) for piece in model.of_type(USER_DEFINED)]
+    backend.add_tokens([AddedToken(piece, special=False, normalized=stays) for piece, stays in symbols])
     return backend

@@ -1,6 +1,6 @@
 """AquilaTokenizer: PaddleNLP's tokenizer interface on the `tokenizers` library.
 
-Vocabulary, merges, pattern and special tokens come from files (tokenizer_files.py says how). Encoding adds nothing
+Vocabulary, merges, pattern and special tokens come from files (tokenizer_folder.py says how). Encoding adds nothing
 to a text unless its files say so; `encode` returns what PaddleNLP's does, a BatchEncoding. Plain texts go through
 the library as one batch and into arrays without a Python step per token; whatever else PaddleNLP's base class
 offers (pairs, strides, overflowing tokens, position ids ...) takes the base class's way over the same backend.
@@ -28,21 +28,17 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 
 from .errors import TokenizerError
 from .files import write_text
-from .tokenizer_files import (
+from .tokenizer_config import (
     CHAT_TEMPLATE_JSON,
-    build_bpe,
-    build_sentencepiece,
     content_of,
-    from_gguf,
-    is_byte_level,
-    load_backend,
     named_in,
     read_chat_template_json,
     read_config,
-    require_tokenizer,
     special_names,
-    write_files,
 )
+from .tokenizer_folder import build_bpe, build_sentencepiece, is_byte_level, load_backend, require_tokenizer
+from .tokenizer_gguf import from_gguf
+from .tokenizer_save import write_files
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 READ_HERE = ("added_tokens_file", "special_tokens_map_file")  # and not by PaddleNLP

@@ -18,7 +18,8 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
     {"errors", "processor", "registration", "chat_templates"},
     {"startup"},
     {"versions", "weight_map", "config_checks"},
-    {"families", "files", "gguf_file", "sentencepiece_files", "shards", "tokenizer_files"},
+    {"families", "files", "gguf_file", "sentencepiece_merges", "sentencepiece_files", "shards"},
+    {"tokenizer_config", "tokenizer_folder", "tokenizer_gguf", "tokenizer_save", "tokenizer_files"},
     {"checkpoint"},
 )
 MODEL = (

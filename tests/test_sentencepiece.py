@@ -3,12 +3,16 @@
 Every model is trained here, in a fraction of a second, from a few lines of English and Chinese.
 """
 
+import functools
 import importlib
 import io
 import json
 import random
+import struct
+import time
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import sentencepiece
@@ -16,8 +20,18 @@ from tokenizers import Tokenizer, models, normalizers
 
 from aquila_pd import AquilaTokenizer
 from aquila_pd.errors import TokenizerError
-from aquila_pd.sentencepiece_files import USER_DEFINED, build_backend, check_model, doubts, parse_model, recover_merges
-from aquila_pd.tokenizer_files import load_backend, write_tokenizer, write_torch_tokenizer
+from aquila_pd.sentencepiece_files import (
+    USER_DEFINED,
+    build_backend,
+    check_model,
+    doubts,
+    is_charsmap,
+    parse_model,
+    scores_of,
+)
+from aquila_pd.sentencepiece_merges import recover_merges
+from aquila_pd.tokenizer_files import doubts as tokenizer_doubts
+from aquila_pd.tokenizer_files import from_gguf, load_backend, write_tokenizer, write_torch_tokenizer
 from conftest import SEED
 
 LINES = [
@@ -194,9 +208,121 @@ def test_control_a_lost_space_in_front_is_noticed(llama):
     assert len(differing(backend, theirs, TEXTS)) == len(TEXTS) - 1  # all but the empty one
 
 
-def test_merges_of_pieces_are_every_cut_by_score():
-    scores = {"a": -9.0, "b": -9.0, "c": -9.0, "ab": -1.0, "bc": -2.0, "abc": -0.5, "xy": 0.0}
-    assert recover_merges(scores) == [("a", "bc"), ("ab", "c"), ("a", "b"), ("b", "c")]
+def test_each_piece_is_made_in_one_way_and_by_score():
+    scores = {"a": -9.0, "b": -9.0, "c": -9.0, "ab": -1.0, "bc": -2.0, "abc": -0.5, "xy": 0.0, "aac": 0.0}
+    merges = recover_merges(scores)
+    assert merges.ordered == [("ab", "c"), ("a", "b"), ("b", "c")]  # nothing makes (a, bc), and nothing makes aac
+    assert merges.spelled_otherwise == ["xy"]
+
+
+# --------------------------------------------------------------------------------------------------- equal scores
+
+LETTERS = "abcd"
+
+
+@functools.cache
+def bare_model() -> bytes:
+    return train(add_dummy_prefix=False)
+
+
+def model_of(scores: dict[str, float]) -> bytes:
+    """A model with these pieces, four letters and the 256 bytes."""
+
+    def replace(message) -> None:
+        kept = [piece for piece in message.pieces if piece.type != 1]
+        pieces = [(piece.piece, piece.score, piece.type) for piece in kept]
+        del message.pieces[:]
+        for piece, score, kind in [*pieces, *((letter, -99.0, 1) for letter in LETTERS)]:
+            message.pieces.add(piece=piece, score=score, type=kind)
+        for piece, score in scores.items():
+            message.pieces.add(piece=piece, score=score)
+
+    return changed(bare_model(), replace)
+
+
+def random_pieces(draw: random.Random) -> list[str]:
+    """Pieces made of letters and of each other, in any order."""
+    pool = list(LETTERS)
+    for _ in range(draw.randint(3, 9)):
+        pool.append("".join(draw.choices(pool, k=2)))
+    pieces = sorted({piece for piece in pool if 1 < len(piece) < 8})
+    return draw.sample(pieces, len(pieces))
+
+
+def ordered_by_id(model) -> models.BPE:
+    """The merges with the lower id first among those of one score."""
+    scores, ids = scores_of(model), {piece: i for i, piece in enumerate(model.pieces)}
+    cuts = {"".join(cut): cut for cut in recover_merges(scores).ordered}
+    merges = [cuts[piece] for piece in sorted(cuts, key=lambda piece: (-scores[piece], ids[piece]))]
+    return models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+
+
+def test_equal_scores_are_followed_wherever_there_is_no_doubt():
+    """Models of random pieces with few scores; sentencepiece is asked for 60 texts of each."""
+    draw = random.Random(SEED)
+    wrong = {"sure": 0, "doubted": 0, "control": 0}
+    for _ in range(80):
+        data = model_of({piece: -float(draw.randint(0, 2)) for piece in random_pieces(draw)})
+        theirs, model = sentencepiece.SentencePieceProcessor(model_proto=data), parse_model(data)
+        texts = ["".join(draw.choices(LETTERS, k=draw.randint(3, 16))) for _ in range(60)]
+        backend, doubted = build_backend(model), bool(doubts(model))
+        wrong["doubted" if doubted else "sure"] += len(differing(backend, theirs, texts))
+        backend.model = ordered_by_id(model)
+        wrong["control"] += 0 if doubted else len(differing(backend, theirs, texts))
+    assert wrong["sure"] == 0
+    assert wrong["doubted"] > 10 and wrong["control"] > 10, wrong  # there is reason for both, doubt and order
+
+
+def test_a_vocabulary_extended_by_single_characters_is_exact(llama, tmp_path):
+    """As Ziya's: thousands of Chinese characters behind LLaMA's pieces, all with one score."""
+    characters = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
+
+    def extend(message) -> None:
+        known = {piece.piece for piece in message.pieces}
+        for character in characters:
+            if character not in known:
+                message.pieces.add(piece=character, score=0.0)
+
+    data = changed(llama, extend)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+    draw = random.Random(SEED)
+    texts = [text + "".join(draw.choices([*characters, text], k=9)) for text in random_texts(500)]
+    assert differing(build_backend(parse_model(data)), theirs, texts) == []
+    assert tokenizer_doubts(tmp_path) == []
+
+
+WORDS = ["北京", "京大", "大北", "中国", "国人"]  # the first three go round in a circle: two of them cannot be right
+
+
+def extended(data: bytes, words: list[str]) -> bytes:
+    """With these words and their characters behind the model's pieces, all with one score."""
+
+    def extend(message) -> None:
+        known = {piece.piece for piece in message.pieces}
+        for piece in dict.fromkeys([*"".join(words), *words]):
+            if piece not in known:
+                message.pieces.add(piece=piece, score=1.0)
+
+    return changed(data, extend)
+
+
+@pytest.mark.parametrize(("words", "count"), [(WORDS, 2), (WORDS[3:], 0), (WORDS[:2], 0)], ids=str)
+def test_words_of_one_score_are_doubted_where_no_order_is_right(tmp_path, words, count):
+    data = extended(model_of({}), words)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+    draw = random.Random(SEED)
+    texts = ["".join(draw.choices("北京大中国人", k=12)) for _ in range(300)]
+    wrong = differing(build_backend(parse_model(data)), theirs, texts)
+    if not count:
+        assert (wrong, tokenizer_doubts(tmp_path)) == ([], [])
+        return
+    assert wrong
+    (doubt,) = tokenizer_doubts(tmp_path)
+    assert doubt.startswith(f"{count} pieces share their score") and "--architecture llama" in doubt
+    write_tokenizer(tmp_path, tmp_path / "out")
+    assert tokenizer_doubts(tmp_path / "out") == []  # tokenizer.json says what is done
 
 
 # --------------------------------------------------------------------------------------------- LLaMA's tokenizer
@@ -364,18 +490,86 @@ def test_bos_and_eos_follow_the_config_beside_a_tokenizer_json(ziya, tmp_path, b
     assert theirs("")["input_ids"] == [1] * bos + [2] * eos
 
 
+# ---------------------------------------------------------------------------------------------------------- GGUF
+
+
+def write_gguf(path: Path, data: bytes, **changes: object) -> Path:
+    """A GGUF file with the tokenizer of a model and no weights."""
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+    ids = range(theirs.get_piece_size())
+    kinds = {2: theirs.is_unknown, 3: theirs.is_control, 5: theirs.is_unused, 6: theirs.is_byte}
+    types = [next((kind for kind, holds in kinds.items() if holds(i)), 1) for i in ids]
+    types = [4 if theirs.id_to_piece(i) in CHAT["user_defined_symbols"] else kind for i, kind in enumerate(types)]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([theirs.id_to_piece(i) for i in ids])
+    writer.add_token_scores(changes.get("scores", [theirs.get_score(i) for i in ids]))
+    writer.add_token_types(changes.get("types", types))
+    writer.add_bos_token_id(theirs.bos_id())
+    writer.add_eos_token_id(theirs.eos_id())
+    writer.add_unk_token_id(theirs.unk_id())
+    if "prefix" in changes:
+        writer.add_add_space_prefix(changes["prefix"])
+    if "bos" in changes:
+        writer.add_add_bos_token(changes["bos"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama", "without a space in front", "with symbols of its own"])
+def test_a_gguf_file_gives_the_ids_of_the_model_it_was_made_from(tmp_path, name):
+    data = train(**VARIANTS[name])
+    prefix = "space" not in name
+    source = write_gguf(tmp_path / "model.gguf", data, prefix=prefix)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+    names = write_tokenizer(source, tmp_path / "out")
+    assert "tokenizer.json" in names and "vocab.json" not in names and "tokenizer.model" not in names
+    texts = [text for text in [*TEXTS, *random_texts(500)] if text.strip(" ▁") not in CHAT["user_defined_symbols"]]
+    for tokenizer in (
+        AquilaTokenizer.from_pretrained(str(source)),
+        AquilaTokenizer.from_pretrained(str(tmp_path / "out")),
+    ):
+        assert tokenizer(texts)["input_ids"] == [[theirs.bos_id(), *theirs.encode(text)] for text in texts]
+        assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+    assert tokenizer_doubts(source) == []
+    other = write_gguf(tmp_path / "other.gguf", data, prefix=not prefix, bos=False)
+    assert from_gguf(other)[0].encode("the cat").ids != from_gguf(source)[0].encode("the cat").ids
+
+
+def test_a_gguf_file_with_words_of_one_score_is_doubted(tmp_path):
+    source = write_gguf(tmp_path / "model.gguf", extended(model_of({}), WORDS))
+    (doubt,) = tokenizer_doubts(source)
+    assert doubt.startswith("2 pieces share their score") and "--architecture" not in doubt  # it has no tokenizer.model
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"scores": [0.0]}, "tokenizer.ggml.scores has 1 entries for"),
+        ({"scores": [1, 2]}, "tokenizer.ggml.scores is no list of numbers"),
+        ({"types": [1]}, "tokenizer.ggml.token_type has 1 entries for"),
+        ({"types": [1] * 400}, "0 pieces for unknown text"),
+    ],
+    ids=["one score", "whole numbers", "one type", "no unknown"],
+)
+def test_a_gguf_file_whose_model_is_not_complete_is_named(llama, tmp_path, changes, expected):
+    with pytest.raises(TokenizerError, match=expected):
+        from_gguf(write_gguf(tmp_path / "model.gguf", llama, **changes))
+
+
 # ------------------------------------------------------------------------------------------- models and bad input
 
 
-def test_pieces_that_may_be_cut_otherwise_are_counted(llama, tmp_path, caplog):
-    def extend(message) -> None:
-        for piece in ("北京大", "大学在", "龘龘"):  # as vocabularies are extended: one score for all
-            message.pieces.add(piece=piece, score=1.0)
-
-    (tmp_path / "tokenizer.model").write_bytes(changed(llama, extend))
-    load_backend(tmp_path)
-    assert "3 pieces share a score" in caplog.text
-    assert "1 pieces hold characters that are no pieces" in caplog.text
+def test_pieces_of_characters_that_are_no_pieces_are_counted(llama, tmp_path):
+    data = changed(llama, lambda message: message.pieces.add(piece="龘龘", score=1.0))
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+    assert "龘龘" in theirs.encode("龘龘", out_type=str)
+    assert "龘龘" not in load_backend(tmp_path).encode("龘龘").tokens
+    (doubt,) = tokenizer_doubts(tmp_path)
+    assert doubt.startswith("1 pieces hold characters that are no pieces themselves")
 
 
 def test_symbols_that_the_normalizer_changes_are_counted():
@@ -394,6 +588,11 @@ def test_symbols_that_the_normalizer_changes_are_counted():
         (lambda m: setattr(m.pieces[7], "type", 1), "has 255 of the 256 pieces"),
         (lambda m: setattr(m.pieces[0], "type", 3), "0 pieces for unknown text"),
         (lambda m: setattr(m.pieces[300], "piece", m.pieces[301].piece), "lists 1 pieces twice"),
+        (lambda m: setattr(m.pieces[300], "piece", ""), "without any character"),
+        (lambda m: setattr(m.pieces[300], "score", float("nan")), "scores of 1 pieces are no numbers"),
+        (lambda m: setattr(m.pieces[300], "score", float("-inf")), "scores of 1 pieces are no numbers"),
+        (lambda m: m.pieces.add(piece="a" * 400_000, score=-1), "a piece of 400,000 characters"),
+        (lambda m: [m.pieces.add(piece=f"{i:0256}", score=-1) for i in range(16_000)], "characters together"),
     ],
 )
 def test_a_model_that_would_give_other_ids_is_an_error(llama, tmp_path, change, expected):
@@ -401,6 +600,88 @@ def test_a_model_that_would_give_other_ids_is_an_error(llama, tmp_path, change, 
     with pytest.raises(TokenizerError, match=expected):
         write_tokenizer(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def charsmap(*units: int, texts: bytes = b"a\0") -> bytes:
+    trie = struct.pack(f"<{len(units)}I", *units)
+    return struct.pack("<I", len(trie)) + trie + texts
+
+
+LEAF, HAS_LEAF, SOUND = 1 << 31, 1 << 8, [0] * 255
+CHARSMAPS = {
+    "too short": b"x",
+    "without a trie": charsmap(),
+    "cut off": charsmap(*SOUND, 0)[:500],
+    "with a block cut off": charsmap(*SOUND),
+    "with a far block": charsmap(2**20 << 10, *SOUND),
+    "with a text beyond the end": charsmap(LEAF | 9, HAS_LEAF, *SOUND[1:], texts=b"a\0"),
+    "with a text from within a character": charsmap(HAS_LEAF | 1 << 10, LEAF | 1, *SOUND[1:], texts="é\0".encode()),
+    "with texts that are not UTF-8": charsmap(*SOUND, 0, texts=b"\xff\0"),
+}
+
+
+@pytest.mark.parametrize("kind", CHARSMAPS)
+def test_a_normalizers_table_that_leads_out_of_itself_is_named(llama, tmp_path, capfd, kind):
+    change = lambda m: setattr(m.normalizer_spec, "precompiled_charsmap", CHARSMAPS[kind])  # noqa: E731
+    (tmp_path / "tokenizer.model").write_bytes(changed(llama, change))
+    with pytest.raises(TokenizerError, match="precompiled_charsmap"):
+        write_tokenizer(tmp_path, tmp_path / "out")
+    assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf"])
+def test_control_the_tables_of_sentencepiece_are_sound(rule):
+    table = parse_model(train(normalization_rule_name=rule)).charsmap
+    assert is_charsmap(table)
+    damaged = bytearray(table)
+    damaged[4:8] = struct.pack("<I", 2**21 - 1 << 10)  # the first step leads out of the trie
+    assert not is_charsmap(bytes(damaged))
+
+
+NUMBER, BYTES = 0, 2  # how protobuf stores a value
+
+
+def part(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | BYTES, len(content)]) + content
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        part(3, bytes([2 << 3 | NUMBER, 5])),
+        part(3, part(3, b"A")),
+        part(2, part(3, b"A")),
+        part(2, bytes([0xE8, 0x02, 5])),  # field 45, a name, as a number
+        part(1, part(1, b"qq") + part(3, b"A")),
+        part(1, part(1, b"qq") + bytes([2 << 3 | NUMBER, 65])),
+        part(1, bytes([1 << 3 | NUMBER, 65])),
+    ],
+    ids=["charsmap", "prefix", "kind", "name", "type", "score", "piece"],
+)
+def test_a_field_stored_as_a_value_of_another_kind_is_named(llama, tmp_path, more):
+    (tmp_path / "tokenizer.model").write_bytes(llama + more)
+    with pytest.raises(TokenizerError, match=r"is not a SentencePiece model .*another kind"):
+        load_backend(tmp_path)
+
+
+def test_a_model_without_end_is_not_read(tmp_path):
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        file.truncate(30 * 2**30)  # takes no place on the disk
+    with pytest.raises(TokenizerError, match="32,212,254,720 bytes; more than 64,000,000"):
+        load_backend(tmp_path)
+
+
+@pytest.mark.timeout(30)
+def test_thousands_of_symbols_are_made_in_seconds(llama, tmp_path):
+    def add(message) -> None:
+        for i in range(6000):
+            message.pieces.add(piece=f"<u{i}>", type=4)
+
+    (tmp_path / "tokenizer.model").write_bytes(changed(llama, add))
+    write_json(tmp_path / "added_tokens.json", {f"[{i}]": 400 + 6000 + i for i in range(1000)})
+    begin = time.monotonic()
+    assert load_backend(tmp_path).encode("<u5999>[999]").ids[-2:] == [400 + 5999, 400 + 6999]
+    assert time.monotonic() - begin < 10  # one by one it was a minute
 
 
 @pytest.mark.parametrize("cut", [1, 50, 3000, -1])

@@ -11,7 +11,8 @@ import gguf
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from aquila_pd import AquilaTokenizer
+from aquila_pd import AquilaTokenizer, gguf_file
+from aquila_pd.checkpoint.bundle import bundled_modules
 from aquila_pd.errors import CheckpointError, TokenizerError
 from aquila_pd.gguf_file import open_gguf
 from aquila_pd.tokenizer_files import AQUILA_SPECIALS, from_gguf, load_backend, write_tokenizer, write_torch_tokenizer
@@ -268,12 +269,8 @@ def test_a_gguf_file_with_text_that_is_not_utf8_is_named(tiny, tmp_path):
 def test_a_gguf_file_is_parsed_once_while_somebody_holds_it(tiny, tmp_path, monkeypatch):
     parsed = []
 
-    class Counted(gguf.GGUFReader):
-        def __init__(self, path):
-            parsed.append(path)
-            super().__init__(path)
-
-    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    parse = gguf_file._parse
+    monkeypatch.setattr(gguf_file, "_parse", lambda path, package: parsed.append(path) or parse(path, package))
     path = write_gguf(tmp_path / "model.gguf", tiny)
     held = open_gguf(path)
     from_gguf(path)
@@ -290,7 +287,8 @@ def test_a_gguf_file_is_parsed_once_while_somebody_holds_it(tiny, tmp_path, monk
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"model": "llama"}, "kind 'llama'"),
+        ({"model": "bert"}, "kind 'bert'"),
+        ({"model": "llama"}, "tokenizer.ggml.scores has 0 entries for"),
         ({"pre": "tekken"}, "Known are: gpt-2, smollm"),
         ({"merges": ["a b", "no such"]}, "joins tokens that do not exist: no such"),
         ({"tokens": ["a"] * 314}, "tokens twice"),
@@ -438,6 +436,7 @@ def test_a_folder_without_tokenizer_files_gets_none(tmp_path):
         (lambda f: set_json(f / "tokenizer_config.json", eos_token="<no>", bos_token="<nor>"), "(?s)'<nor>'.*'<no>'"),
         (lambda f: set_json(f / "added_tokens.json", **{"<x>": 5000}), "'<x>' should have id 5000"),
         (lambda f: set_json(f / "vocab.json", **{"<far>": 9000}), "run to 9000"),
+        (lambda f: os.truncate(f / "merges.txt", 30 * 2**30), "merges.txt has 32,212,254,720 bytes"),
     ],
 )
 def test_damaged_files_are_named(tiny, tmp_path, damage, expected):
@@ -448,6 +447,63 @@ def test_damaged_files_are_named(tiny, tmp_path, damage, expected):
     with pytest.raises(TokenizerError, match=expected):
         write_tokenizer(tiny, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+SETTINGS = {
+    "bos_token": [5, ["a"], {"x": 1}, {"content": None}, {"content": "a", "lstrip": "yes"}],
+    "tokenizer_class": [["a"], 5],
+    "pre_tokenizer": [["gpt-2"]],
+    "add_bos_token": ["false", 1],
+    "model_max_length": ["long", True],
+    "chat_template": [5, ["a"], [{"name": "default"}]],
+    "additional_special_tokens": [5, "a", [5], {"a": 1}],
+    "added_tokens": [{"x": "y"}, {"x": -1}, {"x": 2**70}, {"x": True}, [1]],
+    "added_tokens_decoder": [[1, 2], {"abc": "x"}, {"-1": "x"}, {"9" * 5000: "x"}, {"90": 5}, {"90": {"x": "a"}}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in SETTINGS.items() for value in values])
+def test_settings_of_another_kind_are_named(tiny, tmp_path, key, value):
+    set_json(tiny / "tokenizer_config.json", **{key: value})
+    for load in (load_backend, AquilaTokenizer.from_pretrained, lambda folder: write_tokenizer(folder, tmp_path / "o")):
+        with pytest.raises(TokenizerError, match=f"(?s)settings in .*tiny cannot be used:\n  {key} is .*, not "):
+            load(tiny)
+
+
+def test_all_settings_of_another_kind_are_named_together(tiny):
+    set_json(tiny / "tokenizer_config.json", bos_token=5, eos_token="a", add_bos_token="no")
+    (tiny / "added_tokens.json").write_text('{"x": "y"}')
+    with pytest.raises(TokenizerError) as error:
+        load_backend(tiny)
+    assert [line.split()[0] for line in str(error.value).splitlines()[1:-1]] == [
+        "bos_token",
+        "add_bos_token",
+        "added_tokens",
+    ]
+
+
+def test_settings_that_are_null_say_nothing(tiny):
+    set_json(tiny / "tokenizer_config.json", **dict.fromkeys(SETTINGS))
+    assert load_backend(tiny).encode("the cat").tokens == ["the", "Ġcat"]
+
+
+@pytest.mark.parametrize("token", ["<x>", {"content": "<x>", "special": False, "later": [1]}], ids=["text", "object"])
+def test_a_listed_token_is_added_however_it_is_spelled(tiny, token):
+    size = len(json.loads((tiny / "vocab.json").read_text(encoding="utf-8")))
+    set_json(tiny / "tokenizer_config.json", bos_token="a", eos_token="b", added_tokens_decoder={str(size): token})
+    assert load_backend(tiny).encode("a<x>").ids[-1] == size
+
+
+def test_a_tokenizer_json_without_end_is_not_read(tiny):
+    with (tiny / "tokenizer.json").open("wb") as file:
+        file.truncate(30 * 2**30)  # takes no place on the disk
+    with pytest.raises(TokenizerError, match=r"tokenizer.json has 32,212,254,720 bytes; more than 256,000,000"):
+        load_backend(tiny)
+
+
+def test_what_a_converted_folder_carries_does_without_the_way_there():
+    assert {"tokenizer_folder", "tokenizer_save"} <= set(bundled_modules())
+    assert "tokenizer_files" not in bundled_modules()
 
 
 def test_tokenizer_files_imports_neither_paddle_nor_torch():

@@ -253,3 +253,9 @@ def test_a_part_of_34b_converts_from_sparse_files(tmp_path, monkeypatch, capsys)
                 assert opened.get_slice(name)[row:].reshape(-1)[-1:].view(np.uint16)[0] > 0
     assert found["aquila.layers.0.mlp.gate_proj.weight"].get_shape() == [6144, 24576]
     shutil.rmtree(staged)
+
+
+def test_a_tokenizer_that_may_cut_otherwise_is_warned_of(ziya, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("aquila_pd.tokenizer_files.doubts_of_model", lambda model: ["7 pieces may be cut otherwise"])
+    assert main(["--input", str(ziya), "--output", str(tmp_path / "out"), "--verify", "none"]) == 0
+    assert "warning   7 pieces may be cut otherwise; PaddleNLP's own LlamaTokenizer" in capsys.readouterr().out

@@ -118,6 +118,7 @@ def _prepare_tokenizer(source: Source, target: Target, folder: Path) -> list[str
     from ..tokenizer_files import (  # imports tokenizers
         SENTENCEPIECE,
         TOKENIZER_JSON,
+        doubts,
         name_as_paddlenlp,
         write_tokenizer,
         write_torch_tokenizer,
@@ -132,7 +133,7 @@ def _prepare_tokenizer(source: Source, target: Target, folder: Path) -> list[str
             name_as_paddlenlp(folder)
     if TOKENIZER_JSON in written:
         check_vocabulary(folder, source.fields["vocab_size"])
-    return [] if written else [f"{source.path} holds no tokenizer files; the output has none either"]
+    return doubts(source.path) if written else [f"{source.path} holds no tokenizer files; the output has none either"]
 
 
 def _write(
