@@ -14,7 +14,6 @@ COLUMNS = 1024
 PIECE = 16  # bytes moved as one item; numpy has a fast copy for complex128
 BLOCK = 128  # for shapes that do not divide into pieces
 WHOLE_BLOCKS = 256  # a part of a matrix begins at a multiple of this where it can: quantized values come in such blocks
-SPAN = 64 * 2**20  # bytes of a mapped source that are passed before their pages are let go
 
 # Bit patterns from which on a 16-bit float is infinite or NaN: of positive numbers, and of negative ones.
 SPECIAL = {"bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
@@ -48,15 +47,14 @@ def move(source: np.ndarray, target: np.ndarray) -> Counts:
     """Write source into target, of the same shape [R, C] or [C] and with contiguous rows, in target's dtype.
 
     A source that is a transposed view is turned on the way, block by block. Casting rounds to nearest even (float64 to
-    bfloat16 by way of float32); what overflows becomes infinite and is counted. Pages of a mapped source are let go as
-    they are passed.
+    bfloat16 by way of float32); what overflows becomes infinite and is counted. Pages of a mapped source are let go at
+    the end.
     """
     counts = Counts()
     if source.ndim != 2:
         source, target = source.reshape(1, -1), target.reshape(1, -1)
     turned = source.strides[0] < source.strides[1] and source.shape[0] > 1
     along = source.T if turned else source  # rows of `along` are contiguous
-    passed = 0
     for begin in range(0, len(along), ROWS):
         some = slice(begin, begin + ROWS)
         block = _cast(along[some], target.dtype, counts)
@@ -64,10 +62,6 @@ def move(source: np.ndarray, target: np.ndarray) -> Counts:
             _transpose(block, target[:, some])
         else:
             target[some] = block
-        passed += ROWS * abs(along.strides[0])
-        if passed >= SPAN:
-            shards.release(source)
-            passed = 0
     shards.release(source)
     return counts
 

@@ -1,5 +1,6 @@
 """Where weights come from: any format, handed out under Hugging Face names in Hugging Face layout."""
 
+import math
 from pathlib import Path
 from typing import Self
 
@@ -9,12 +10,14 @@ from ... import families
 from ...errors import CheckpointError, report
 from ...families.base import dims
 from ...families.dialect import rotate_half_rows
+from ...shards import DTYPES
 from ..layout import Layout, find_layout, read_config
 from ..targets import PADDLE, TORCH
 from .paddle import PaddleReader, is_paddle
 from .planned import PlannedReader
 from .reader import ALL, Reader, Stored
 
+MAPPED = 64 * 2**20  # bytes of a mapped file looked at before its pages are let go
 UNPACKED_ROWS = 2048  # of a few hundred columns each: some megabytes of float32
 
 
@@ -53,11 +56,11 @@ class Source:
         return rotate_half_rows(part, last - first)[begin - first * size : end - first * size]
 
     def tiles(self, hf_name: str) -> list[slice]:
-        """Rows to read at once where all rows of some columns are wanted: all, or few when they have to be unpacked."""
-        rows = self.tensors[hf_name].shape[0]
-        if not self.tensors[hf_name].packed:
-            return [slice(0, rows)]
-        return [slice(begin, min(begin + UNPACKED_ROWS, rows)) for begin in range(0, rows, UNPACKED_ROWS)]
+        """Rows to read at once where all rows of some columns are wanted, so that little is unpacked or mapped."""
+        stored = self.tensors[hf_name]
+        rows, row = stored.shape[0], math.prod(stored.shape[1:]) * DTYPES[stored.dtype].itemsize
+        most = UNPACKED_ROWS if stored.packed else max(256, MAPPED // max(row, 1) // 256 * 256)
+        return [slice(begin, min(begin + most, rows)) for begin in range(0, rows, most)]
 
     @property
     def files(self) -> list[Path]:
