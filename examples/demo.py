@@ -65,7 +65,7 @@ def reference(gguf: Path):
     from transformers import AutoTokenizer
 
     from aquila_pd.checkpoint.sources import open_source
-    from aquila_pd.checkpoint.verify import torch_model
+    from aquila_pd.checkpoint.verify.logits import torch_model
 
     with open_source(gguf) as source:
         model = torch_model(source)

@@ -681,7 +681,7 @@ def test_thousands_of_symbols_are_made_in_seconds(llama, tmp_path):
     write_json(tmp_path / "added_tokens.json", {f"[{i}]": 400 + 6000 + i for i in range(1000)})
     begin = time.monotonic()
     assert load_backend(tmp_path).encode("<u5999>[999]").ids[-2:] == [400 + 5999, 400 + 6999]
-    assert time.monotonic() - begin < 10  # one by one it was a minute
+    assert time.monotonic() - begin < 30  # one by one it was a minute, together half a second
 
 
 @pytest.mark.parametrize("cut", [1, 50, 3000, -1])

@@ -34,7 +34,7 @@ INDEX = "pytorch_model.bin.index.json"
 OLD = {"_use_new_zipfile_serialization": False}
 # What a hostile file may cost. The seconds are the processor's; a third of them is enough on a machine that does
 # nothing else.
-SECONDS, MEGABYTES = 1.5, 100
+SECONDS, MEGABYTES = 20, 100  # of a machine that may be busy: a bomb that goes off takes minutes
 
 
 def saved(folder: Path, content: object, *, file: str = BIN, **options) -> Path:
