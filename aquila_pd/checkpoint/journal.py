@@ -43,8 +43,9 @@ class Journal:
 
     @property
     def worth_keeping(self) -> int:
-        """How many shards a later run may be able to use, among them those not yet looked at."""
-        return len({**self._claimed, **self.finished}) or bool(self.other)
+        """How many shards a later run may be able to use: as the disk has it, for a run may stop anywhere."""
+        claimed, _ = self._read()
+        return len(claimed) or int(bool(self.other))
 
     def record(self, file: str, finished: Finished, *, fsync: bool = False) -> None:
         """Note a shard that lies in the folder under its own name."""
