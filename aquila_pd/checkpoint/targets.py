@@ -29,7 +29,7 @@ class Target:
 
     @property
     def tag(self) -> str:
-        # PaddleNLP refuses "pt" and "pd", transformers everything but "pt"
+        """For whom the files say they are; shards.header_bytes says why."""
         return "pt" if self.framework == TORCH else "np"
 
     def name(self, weight: Weight) -> str:
