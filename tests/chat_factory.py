@@ -1,0 +1,84 @@
+"""A tiny Aquila chat model on disk, loadable by Paddle: random weights, Aquila's tokenizer layout, a chat template."""
+
+import json
+import shutil
+from pathlib import Path
+
+import checkpoint_factory as factory
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+VOCAB = 320  # <|endoftext|> and the tokens of the BPE, then Aquila's eight special tokens; rows of the embedding
+BPE = VOCAB - 8
+CLS, EOS = VOCAB - 2, VOCAB - 1
+
+# Text to learn merges from: words, Chinese, and emoji of which a token holds a part.
+TEXTS = [
+    "Hello, please introduce yourself. The quick brown fox jumps over the lazy dog, please.",
+    "A chat between a curious human and an artificial intelligence assistant.",
+    "你好，请介绍一下北京。北京是中国的首都。今天天气很好。",
+    "🙂🙃 👨‍👩‍👧 👋🏽 🇨🇳",
+]
+
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=CLS,
+    eos_token_id=EOS,
+)
+
+
+def write_aquila_tokenizer(folder: Path) -> Path:
+    """vocab.json, merges.txt and the published tokenizer_config.json, whose special tokens follow the vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=BPE,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    assert tokenizer.get_vocab_size() == BPE, "TEXTS are too short for so many merges"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text(
+        '{"add_prefix_space": false, "bos_token": "[CLS]", "clean_up_tokenization_spaces": true, "eos_token": "</s>", '
+        '"model_max_length": 2048, "tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>"}'
+    )
+    return folder
+
+
+def tiny_torch_folder(path: Path, *, seed: int = 0, **config) -> Path:
+    """The same model as a torch checkpoint: config.json, model.safetensors, tokenizer files."""
+    said = factory.config(**{**SIZES, **config})
+    factory.write_safetensors(path, said, factory.weights(said, seed=seed))
+    return write_aquila_tokenizer(path)
+
+
+def tiny_chat_folder(path: Path, template: str | None = "aquila-v1", *, seed: int = 0, **config) -> Path:
+    """The folder that `aquila-pd convert` makes of the tiny model, with the named chat template (None: with none)."""
+    from aquila_pd.checkpoint.convert import convert
+
+    path = Path(path)
+    source = tiny_torch_folder(path.with_name(f"{path.name}-torch"), seed=seed, **config)
+    if template is not None:
+        record_template(source, template)
+    convert(source, path, verify="none", say=lambda line: None)
+    shutil.rmtree(source)
+    return path
+
+
+def record_template(folder: Path, name: str) -> None:
+    """Write the template's Jinja text where a folder of today has it."""
+    try:
+        from aquila_pd.chat_templates import find_template
+    except ImportError:  # TODO until the templates are there
+        return
+
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": find_template(name).jinja()}))
