@@ -50,6 +50,13 @@ class KVCache:
         self._lengths[layer] = end
         return self._keys[layer], self._values[layer]
 
+    def attend(self, layer: int, q, k, v, mask, attention):
+        """Append k, v [B, K, T, H], then attention of q [B, T, N, H] over all that is held -> [B, T, N, H].
+
+        The decoder asks its cache to attend, so that one of many sequences (generation/slots.py) can stand here.
+        """
+        return attention(q, *self.append(layer, k, v), mask)
+
     def reorder(self, index) -> None:
         """Row b becomes the old row index[b]: what beam search does after each step."""
         if self.length:

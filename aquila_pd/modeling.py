@@ -114,10 +114,12 @@ class Attention(nn.Layer):
             cos, sin = cos.astype(q.dtype), sin.astype(q.dtype)
         q, k = self.ops.rope(q, k, cos, sin)
         k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, K, T, H]
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # [B, K, C, H], the mask hides what is beyond S
         if output_attentions:  # only the plain twin has the weights
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v)  # [B, K, C, H], the mask hides what is beyond S
             y, weights = attention_with_weights(q, k, v, mask)  # [B, T, N, H]
+        elif cache is not None:
+            y, weights = cache.attend(self.layer, q, k, v, mask, self.ops.attention), None
         else:
             y, weights = self.ops.attention(q, k, v, mask), None
         return self.o_proj(y.reshape([B, T, self.N * self.H])), weights

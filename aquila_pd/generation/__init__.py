@@ -1,0 +1,16 @@
+"""Generation: ids in, ids out. Requests join and leave a running batch between any two steps; no text is known here."""
+
+from .engine import Engine, Stats
+from .params import SamplingParams
+from .sequences import NonFiniteLogits, PromptTooLong, Sequence, TokenEvent, TokenLogprob
+
+__all__ = [
+    "Engine",
+    "NonFiniteLogits",
+    "PromptTooLong",
+    "SamplingParams",
+    "Sequence",
+    "Stats",
+    "TokenEvent",
+    "TokenLogprob",
+]

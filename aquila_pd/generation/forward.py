@@ -1,0 +1,46 @@
+"""One forward pass of the decoder over a flat row of many sequences' tokens."""
+
+import numpy as np
+import paddle
+
+from .slots import Pass
+
+HEAD_ROWS = 64  # rows of logits at a time: a prompt's would take 0.4 MB for each token
+
+
+class Runner:
+    """A model's layers, run on what a Pass describes. The model is an AquilaForCausalLM."""
+
+    def __init__(self, model):
+        self.model, self.base = model, model.aquila
+
+    @paddle.no_grad()
+    def hidden(self, ids: list[int], spans: list[tuple[int, int, int]], cache: Pass):
+        """Hidden states [T, D] after the final norm of the flat row of ids [T].
+
+        spans: (first position, count, key length) of each segment, in order.
+        """
+        x = self.base.embed_tokens(paddle.to_tensor(ids, dtype="int64").unsqueeze(0))  # [1, T, D]
+        cos, sin = self._angles(spans)
+        for layer in self.base.layers:
+            x = layer(x, cos, sin, None, cache)
+        return self.base.norm(x)[0]
+
+    @paddle.no_grad()
+    def logits(self, hidden, rows: np.ndarray | None = None) -> np.ndarray:
+        """Logits [R, V] in fp32 of some rows of hidden states [T, D], or of all."""
+        x = hidden if rows is None else paddle.index_select(hidden, paddle.to_tensor(rows))
+        return self.model.logits(x).numpy()
+
+    def _angles(self, spans: list[tuple[int, int, int]]):
+        """cos, sin [1, T, 1, H]; with dynamic scaling a function of each segment's own key length."""
+        rotary = self.base.rotary
+        stretched = rotary.type == "dynamic" and any(keys > rotary.max_positions for _, _, keys in spans)
+        groups = [[span] for span in spans] if stretched else [spans]
+        made = []
+        for group in groups:
+            positions = np.concatenate([np.arange(first, first + count) for first, count, _ in group])
+            made.append(rotary(paddle.to_tensor(positions[None]), max(keys for _, _, keys in group)))
+        if len(made) == 1:
+            return made[0]
+        return tuple(paddle.concat(parts, axis=1) for parts in zip(*made, strict=True))

@@ -1,0 +1,147 @@
+"""Keys and values of many sequences at once: one slot each, written in place, and attention over them.
+
+Per layer one buffer [slots, K, C, H] for keys and one for values (K key/value heads, C capacity, H head size; the
+layout of cache.py, for its reason). A forward pass computes one flat row of tokens, [1, T, D]: first one token of
+each decoding sequence, then chunks of prompts. Linear layers do not care whose tokens they see; attention does, and
+is done here, segment by segment:
+
+    flat row   a b c d d d d d e e e      a, b, c: one token each, attended together over slots lo..hi
+               | decode  | chunk | chunk  d, e: parts of prompts, each over its own slot
+
+Slots lo..hi are a view of the buffer, so nothing is copied; where a slot in between is idle it is computed too and
+dropped.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+_ROUND = 128  # capacities are multiples of this
+_GROWTH = 1.25
+_PATIENCE = 512  # passes a half empty buffer is kept before it shrinks
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start..start+count of one sequence's prompt, computed in one pass."""
+
+    slot: int
+    start: int
+    count: int
+
+
+class Slots:
+    """The buffers of all layers, and how many tokens each slot holds is the engine's to know."""
+
+    def __init__(self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype, max_length: int):
+        self.slots, self.max_length = slots, -(-max_length // _ROUND) * _ROUND
+        self.capacity = min(_ROUND * 2, self.max_length)
+        self._idle = 0
+        shape = [slots, kv_heads, self.capacity, head_dim]
+        self.keys = [paddle.zeros(shape, dtype=dtype) for _ in range(layers)]
+        self.values = [paddle.zeros(shape, dtype=dtype) for _ in range(layers)]
+
+    def fit(self, length: int) -> bool:
+        """Make room for sequences of this length; True when the buffers shrank, to what `capacity` says.
+
+        Growing copies them, by a quarter and more, so seldom. They shrink when half would have done for long.
+        """
+        if length > self.capacity:
+            wanted = max(length, int(self.capacity * _GROWTH))
+            self._resize(min(-(-wanted // _ROUND) * _ROUND, self.max_length))
+        self._idle = self._idle + 1 if length * 2 <= self.capacity and self.capacity > _ROUND * 2 else 0
+        if self._idle <= _PATIENCE:
+            return False
+        self._resize(max(-(-length // _ROUND) * _ROUND, _ROUND * 2))
+        return True
+
+    def _resize(self, capacity: int) -> None:
+        kept = min(capacity, self.capacity)
+        for buffers in (self.keys, self.values):
+            for layer, old in enumerate(buffers):
+                slots, K, _, H = old.shape
+                buffers[layer] = paddle.zeros([slots, K, capacity, H], dtype=old.dtype)
+                buffers[layer][:, :, :kept] = old[:, :, :kept]
+        self.capacity, self._idle = capacity, 0
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first tokens of one slot into another."""
+        for buffers in (self.keys, self.values):
+            for buffer in buffers:
+                buffer[target : target + 1, :, :length] = buffer[source : source + 1, :, :length].clone()
+
+    def clear(self, slot: int) -> None:
+        """Zeros: hidden keys are multiplied by 0, and 0 times NaN would be NaN for the next sequence."""
+        for buffers in (self.keys, self.values):
+            for buffer in buffers:
+                buffer[slot : slot + 1] = paddle.zeros_like(buffer[slot : slot + 1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all buffers in bytes."""
+        return sum(b.numel().item() * b.element_size() for b in (*self.keys, *self.values))
+
+
+class Pass:
+    """One forward pass over the slots; stands where a KVCache stands in the decoder layers.
+
+    decoding: the slots that get one token each, in ascending order; lengths: what each of them holds before.
+    """
+
+    def __init__(self, slots: Slots, decoding: list[int], lengths: list[int], chunks: list[Chunk]):
+        self.slots, self.chunks = slots, chunks
+        self.B = len(decoding)
+        if decoding:
+            self._prepare(np.array(decoding), np.array(lengths))
+        self.masks = [self._chunk_mask(chunk) for chunk in chunks]
+
+    def _prepare(self, decoding: np.ndarray, lengths: np.ndarray) -> None:
+        self.lo, self.hi = int(decoding[0]), int(decoding[-1]) + 1
+        rows = self.hi - self.lo
+        held = np.zeros(rows, dtype=np.int64)
+        held[decoding - self.lo] = lengths + 1
+        mask = np.arange(self.slots.capacity) < held[:, None]  # [R, C]
+        self.mask = paddle.to_tensor(mask[:, None, None, :])
+        self.at = paddle.to_tensor(decoding), paddle.to_tensor(lengths)
+        self.spread = self.collect = None
+        if rows != len(decoding):  # idle slots in between
+            spread = np.zeros(rows, dtype=np.int64)
+            spread[decoding - self.lo] = np.arange(len(decoding))
+            self.spread, self.collect = paddle.to_tensor(spread), paddle.to_tensor(decoding - self.lo)
+
+    def _chunk_mask(self, chunk: Chunk):
+        """[1, 1, T, C], True at the keys up to each query's own."""
+        queries = np.arange(chunk.start, chunk.start + chunk.count)[:, None]
+        return paddle.to_tensor((np.arange(self.slots.capacity) <= queries)[None, None])
+
+    def attend(self, layer: int, q, k, v, mask, attention):
+        """q [1, T, N, H], k and v [1, K, T, H] of the flat row -> [1, T, N, H]. The mask is made here."""
+        results, at = [], self.B
+        if self.B:
+            results.append(self._decode(layer, q[:, :at], k[:, :, :at], v[:, :, :at], attention))
+        for chunk, seen in zip(self.chunks, self.masks, strict=True):
+            some = slice(at, at + chunk.count)
+            results.append(self._prefill(layer, chunk, q[:, some], k[:, :, some], v[:, :, some], seen, attention))
+            at += chunk.count
+        return results[0] if len(results) == 1 else paddle.concat(results, axis=1)
+
+    def _decode(self, layer: int, q, k, v, attention):
+        keys, values = self.slots.keys[layer], self.slots.values[layer]
+        rows, places = self.at
+        keys[rows, :, places] = k[0].transpose([1, 0, 2])  # [B, K, H]
+        values[rows, :, places] = v[0].transpose([1, 0, 2])
+        q = q.transpose([1, 0, 2, 3])  # [B, 1, N, H]
+        if self.spread is not None:
+            q = paddle.index_select(q, self.spread)  # [R, 1, N, H]
+        y = attention(q, keys[self.lo : self.hi], values[self.lo : self.hi], self.mask)
+        if self.collect is not None:
+            y = paddle.index_select(y, self.collect)
+        return y.transpose([1, 0, 2, 3])  # [1, B, N, H]
+
+    def _prefill(self, layer: int, chunk: Chunk, q, k, v, mask, attention):
+        keys, values = self.slots.keys[layer], self.slots.values[layer]
+        own, end = slice(chunk.slot, chunk.slot + 1), chunk.start + chunk.count
+        keys[own, :, chunk.start : end] = k
+        values[own, :, chunk.start : end] = v
+        return attention(q, keys[own], values[own], mask)
