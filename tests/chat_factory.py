@@ -82,3 +82,24 @@ def record_template(folder: Path, name: str) -> None:
 
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": find_template(name).jinja()}))
+
+
+def write_sentencepiece_tokenizer(folder: Path) -> Path:
+    """tokenizer.model with byte fallback, and a tokenizer_config.json as Ziya's folders have it."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Hello world, how are you?", "今天天气很好，你好，世界。", "a b c hello world"] * 20),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**named, "add_bos_token": True}))
+    return folder

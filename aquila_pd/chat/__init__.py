@@ -1,0 +1,1 @@
+"""Talking to a model: templates applied, text streamed, predict, the terminal, batches of prompts."""
