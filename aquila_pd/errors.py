@@ -52,6 +52,10 @@ class TokenizerError(AquilaError):
     """Text or tokenizer files cannot be used."""
 
 
+class ChatError(AquilaError):
+    """A conversation cannot be written as the chat template wants it, or does not fit."""
+
+
 class GenerationError(AquilaError):
     """Generation cannot go on, for example because the logits are NaN or infinite."""
 

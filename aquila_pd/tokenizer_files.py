@@ -24,7 +24,7 @@ from .tokenizer_config import (
     special_names,
 )
 from .tokenizer_folder import is_byte_level, load_backend, load_tokenizer_json
-from .tokenizer_gguf import from_gguf, sentencepiece_in
+from .tokenizer_gguf import chat_template_in, from_gguf, sentencepiece_in
 from .tokenizer_save import write_files
 
 __all__ = [
@@ -34,9 +34,11 @@ __all__ = [
     "TOKENIZER_JSON",
     "doubts",
     "from_gguf",
+    "has_tokenizer",
     "load_backend",
     "load_tokenizer_json",
     "name_as_paddlenlp",
+    "own_chat_template",
     "read_config",
     "special_names",
     "write_tokenizer",
@@ -51,12 +53,22 @@ PADDLENLP_SENTENCEPIECE = "sentencepiece.bpe.model"  # under which PaddleNLP's L
 NOT_TORCH = ("surrogates", "pre_tokenizer", "add_prefix_space")
 
 
+def has_tokenizer(source: Path) -> bool:
+    """Whether a folder has files of a tokenizer; a .gguf file carries one."""
+    return source.is_file() or bool(files_in(source))
+
+
+def own_chat_template(source: Path) -> str | list | dict | None:
+    """The chat template in the files of a folder, or in a .gguf file; None (or an empty one) where there is none."""
+    return chat_template_in(source) if source.is_file() else read_config(source).get("chat_template")
+
+
 def write_tokenizer(source: Path, output: Path, *, chat_template: str | None = None) -> list[str]:
     """Write the tokenizer files of a converted folder; return the names of the files written.
 
     source: a folder or a .gguf file. The output gets tokenizer.json, tokenizer_config.json, special_tokens_map.json
     and what `vocabulary_files` names, complete, so that nothing is inferred when it is loaded. A source without
-    tokenizer files gets nothing, and [] says so. chat_template: written when the source has none.
+    tokenizer files gets nothing, and [] says so. chat_template: written in place of the source's own; None keeps that.
     Raises TokenizerError when the source's tokenizer is damaged or of a kind that is not known.
     """
     source, output = Path(source), Path(output)
@@ -66,7 +78,7 @@ def write_tokenizer(source: Path, output: Path, *, chat_template: str | None = N
         return []
     else:
         backend, config = load_backend(source), read_config(source)
-    if chat_template is not None and not config.get("chat_template"):
+    if chat_template is not None:
         config["chat_template"] = chat_template
     return write_files(backend, config, output=output, sentencepiece=source / SENTENCEPIECE)
 

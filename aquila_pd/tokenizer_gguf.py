@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"  # tokenizer.ggml.model
+CHAT_TEMPLATE = "tokenizer.chat_template"
 
 Reading = Callable[..., object]  # (key, default) -> the metadata under a key
 
@@ -50,6 +51,11 @@ def reading(path: Path) -> Reading:
         return default if value is None else value
 
     return read
+
+
+def chat_template_in(path: Path) -> str | None:
+    """The chat template of a GGUF file, without the rest of its tokenizer."""
+    return reading(path)(CHAT_TEMPLATE)
 
 
 # ---------------------------------------------------------------------------------------------- byte-level BPE
@@ -164,7 +170,7 @@ def gguf_config(path: Path, read: Reading, tokens: list[str]) -> dict:
     length = read(f"{read('general.architecture')}.context_length")
     if length is not None:
         config["model_max_length"] = int(length)
-    template = read("tokenizer.chat_template")
+    template = read(CHAT_TEMPLATE)
     if template is not None:
         config["chat_template"] = template
     return config

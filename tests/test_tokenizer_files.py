@@ -147,7 +147,7 @@ def test_a_template_file_beside_the_config_is_read(tiny):
 )
 def test_a_template_in_chat_template_json_is_kept(tiny, tmp_path, held):
     set_json(tiny / "chat_template.json", **held)
-    write_tokenizer(tiny, tmp_path / "out", chat_template="{{ unused }}")
+    write_tokenizer(tiny, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"]
     assert written == held.get("chat_template", held)
     rendered = [
@@ -157,11 +157,12 @@ def test_a_template_in_chat_template_json_is_kept(tiny, tmp_path, held):
     assert rendered == ["1" if "chat_template" in held else "Q"] * 2
 
 
-def test_a_recorded_template_is_written_where_the_source_has_none(tiny, tmp_path):
+def test_a_recorded_template_is_written_in_place_of_the_sources_own(tiny, tmp_path):
     write_tokenizer(tiny, tmp_path / "new", chat_template="{{ 'recorded' }}")
     set_json(tiny / "tokenizer_config.json", chat_template="{{ 'its own' }}")
-    write_tokenizer(tiny, tmp_path / "kept", chat_template="{{ 'recorded' }}")
-    for folder, said in {"new": "recorded", "kept": "its own"}.items():
+    write_tokenizer(tiny, tmp_path / "kept")
+    write_tokenizer(tiny, tmp_path / "replaced", chat_template="{{ 'recorded' }}")
+    for folder, said in {"new": "recorded", "kept": "its own", "replaced": "recorded"}.items():
         tokenizer = AquilaTokenizer.from_pretrained(str(tmp_path / folder))
         assert tokenizer.apply_chat_template("hm", tokenize=False) == said
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..chat_templates import TEMPLATES
 from ..families import AUTO, FAMILIES
 from ..shards import DEFAULT_SHARD_SIZE
 from .convert import VERIFICATIONS, convert
@@ -41,6 +42,13 @@ def parser(framework: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--family", default=AUTO, choices=[AUTO, *FAMILIES], help="how to read config.json (default: auto, by itself)"
     )
+    if framework == PADDLE:
+        made.add_argument(
+            "--chat-template",
+            default=AUTO,
+            metavar="NAME",
+            help=f"to record: {', '.join(TEMPLATES)} (default: auto, the source's own, else by name or sizes)",
+        )
     made.add_argument(
         "--verify",
         default="content",
@@ -88,6 +96,7 @@ def _convert(args: argparse.Namespace, framework: str) -> None:
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         family=args.family,
+        chat_template=getattr(args, "chat_template", AUTO),
         verify=args.verify,
         workers=args.workers,
         fsync=args.fsync,

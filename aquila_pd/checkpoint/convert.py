@@ -8,11 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .. import families, shards
-from ..chat_templates import TEMPLATES
 from ..errors import CheckpointError, ConfigError, OutputError, printable
 from ..files import sync
 from ..shards import INDEX, index_of, write_json
 from .bundle import write_bundle
+from .chat_template import Recorded, choose_template
 from .describe import describe, describe_shards
 from .estimate import estimate
 from .hub import find_input
@@ -42,6 +42,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: str | int = shards.DEFAULT_SHARD_SIZE,
     family: str = families.AUTO,
+    chat_template: str = families.AUTO,
     verify: str = "content",
     workers: int | None = None,
     fsync: bool = False,
@@ -54,7 +55,8 @@ def convert(
 
     source: a folder, a GGUF file, or the id of a model on the Hugging Face hub.
     framework: "paddle" makes a Paddle folder of a torch checkpoint, "torch" the other way round; architecture: of the
-    output, see targets.py. dtype: of the output, None keeps what is stored. verify: "none", "content" (every value is
+    output, see targets.py. dtype: of the output, None keeps what is stored. chat_template: the name of the one that a
+    Paddle folder records, in place of the source's own or the known one. verify: "none", "content" (every value is
     read again and compared) or "logits" (content, and both frameworks run). workers: threads, None for one per core;
     the output does not depend on it. fsync: each finished shard, and at last the output, is on the disk before the run
     goes on, so that it survives a power failure. dry_run ends after the plan and the checks of the output.
@@ -70,8 +72,9 @@ def convert(
         open_source(find_input(source, weights=not dry_run), family, may_be_planned=dry_run) as opened,
         TemporaryDirectory(prefix="aquila_pd-") as prepared,
     ):
-        plan = make_plan(opened, target, dtype=dtype, max_shard_size=max_shard_size)
-        warnings = [*plan.warnings, *_prepare_tokenizer(opened, target, Path(prepared))]
+        recorded = _choose_template(opened, source, chat_template, target)
+        plan = make_plan(opened, target, dtype=dtype, max_shard_size=max_shard_size, chat_template=recorded)
+        warnings = [*plan.warnings, *_prepare_tokenizer(opened, plan, Path(prepared))]
         summary = Summary(plan, output, workers, warnings=warnings)
         say("\n".join([describe(plan, output), *_as_lines(warnings)]))
         made_for = fingerprint(opened, plan)
@@ -109,11 +112,19 @@ def _check_verification(verify: str, target: Target) -> None:
         raise ConfigError("--verify logits runs our own Paddle decoder. Use --verify content for this output.")
 
 
+def _choose_template(opened: Source, source: Path | str, option: str, target: Target) -> Recorded | None:
+    if target.framework != TORCH:
+        return choose_template(opened, source, option)
+    if option != families.AUTO:
+        raise ConfigError("A chat template is named for Paddle folders; the way back to torch keeps what is recorded.")
+    return None
+
+
 def _as_lines(warnings: list[str]) -> list[str]:
     return [f"  warning   {printable(warning)}" for warning in warnings]
 
 
-def _prepare_tokenizer(source: Source, target: Target, folder: Path) -> list[str]:
+def _prepare_tokenizer(source: Source, plan: Plan, folder: Path) -> list[str]:
     """Make the tokenizer's files before any weight is written: one that cannot be read or used stops the plan."""
     from ..tokenizer_files import (  # imports tokenizers
         SENTENCEPIECE,
@@ -124,11 +135,11 @@ def _prepare_tokenizer(source: Source, target: Target, folder: Path) -> list[str
         write_torch_tokenizer,
     )
 
-    if target.framework == TORCH:
+    target, recorded = plan.target, plan.chat_template
+    if recorded is None:
         written = write_torch_tokenizer(source.path, folder)
     else:
-        template = TEMPLATES.get(source.family.chat_template(source.fields) or "")
-        written = write_tokenizer(source.path, folder, chat_template=template)
+        written = write_tokenizer(source.path, folder, chat_template=recorded.jinja)
         if target.architecture == PADDLENLP_LLAMA and SENTENCEPIECE in written:
             name_as_paddlenlp(folder)
     if TOKENIZER_JSON in written:

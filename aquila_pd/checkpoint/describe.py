@@ -42,7 +42,8 @@ def describe_output(plan: Plan) -> list[tuple[str, str]]:
     made = f"{target.architecture} for {'torch' if target.framework == TORCH else 'PaddleNLP'}"
     files = f"{len(plan.shards)} shards" if len(plan.shards) > 1 else "one file"
     output = f"{made}, {counted(len(plan.moves), 'tensor')}, {plan.dtype}, {megabytes(plan.nbytes)} in {files}"
-    return [("output", output)] + [
+    chat = [("chat", str(plan.chat_template))] if plan.chat_template else []
+    return [("output", output), *chat] + [
         ("dropped", f"{counted(len(names), 'tensor')}, {names[0]} first: {reason}")
         for reason, names in _by_reason(plan.dropped).items()
     ]

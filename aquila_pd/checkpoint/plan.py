@@ -10,6 +10,7 @@ from .. import shards
 from ..errors import CheckpointError, ConfigError, report, shown_value
 from ..shards import Entry, Shard
 from ..weight_map import EMBEDDING, HEAD, Weight, weights, why_dropped
+from .chat_template import Recorded
 from .ids import GENERATION_CONFIG, generation_ids, reconcile, tokenizer_ids
 from .layout import read_json
 from .sources import Source
@@ -25,7 +26,8 @@ class Plan:
     """fields: the family's reading of config.json, ids reconciled; dtype: most of the output has it; moves: name in the
     output -> its weight; dropped: (Hugging Face name, reason).
 
-    config, generation: contents of the new config.json and generation_config.json.
+    config, generation: contents of the new config.json and generation_config.json. chat_template: what is recorded
+    for chat, None where that is not asked.
     """
 
     source: Path
@@ -42,6 +44,7 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     bytes_in: int
+    chat_template: Recorded | None = None
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +81,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def make_plan(source: Source, target: Target, *, dtype: str | None, max_shard_size: str | int) -> Plan:
+def make_plan(
+    source: Source,
+    target: Target,
+    *,
+    dtype: str | None,
+    max_shard_size: str | int,
+    chat_template: Recorded | None = None,
+) -> Plan:
     """Plan the conversion of an open source into a target. dtype None keeps what is stored.
 
     Raises CheckpointError listing every missing, unexpected and misshapen tensor together, ConfigError for options.
@@ -116,9 +126,10 @@ def make_plan(source: Source, target: Target, *, dtype: str | None, max_shard_si
         shards=tuple(shards.plan_shards(entries, limit)),
         moves={target.name(weight): weight for weight in wanted},
         dropped=tuple(dropped),
-        notes=(*source.notes, *_about_chat_template(source)),
+        notes=tuple(source.notes),
         warnings=tuple(warnings),
         bytes_in=source.nbytes,
+        chat_template=chat_template,
     )
 
 
@@ -136,12 +147,6 @@ def compare(source: Source, wanted: list[Weight], dropped: set[str]) -> list[str
             findings.append(f"dtype       {weight.hf}: {stored.dtype}, not a float ({stored.file})")
     extra = [name for name in found if name not in names and name not in dropped]
     return findings + [f"unexpected  {name} {list(found[name].shape)} ({found[name].file})" for name in extra]
-
-
-def _about_chat_template(source: Source) -> list[str]:
-    name = source.family.chat_template(source.fields)
-    said = f"chat template {name}, guessed from the vocabulary, is recorded where the source has none of its own"
-    return [said] if name else []
 
 
 def _check_direction(source: Source, target: Target) -> None:

@@ -130,6 +130,7 @@ def report_of(summary: Summary) -> dict:
         "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.entries)} for s in plan.shards],
         "files": summary.files,  # name -> bytes and sha256, as in the manifest
         "dropped": [{"name": name, "reason": reason} for name, reason in plan.dropped],
+        "chat_template": plan.chat_template and {"name": plan.chat_template.name, "why": plan.chat_template.why},
         "notes": list(plan.notes),
         "warnings": summary.warnings,
         "verified": [asdict(check) for check in summary.verified],

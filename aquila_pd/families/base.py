@@ -36,7 +36,6 @@ class Family:
     ignored: keys without influence on the model, and why.
     complete: derives the fields the config.json leaves to arithmetic.
     runs_as_llama: transformers' LLaMA computes this family's source files as they are.
-    chat_template: the name in chat_templates.py of what a model with these fields was tuned with, where certain.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Family:
     complete: Callable[[dict], dict] = dict
     dialect: Dialect = HUGGING_FACE
     runs_as_llama: bool = True
-    chat_template: Callable[[Mapping], str | None] = lambda fields: None
 
     def fields(self, config: Mapping) -> dict:
         """Our fields from a config.json, all set and checked. Raises ConfigError with all findings."""

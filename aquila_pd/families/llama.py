@@ -83,14 +83,6 @@ def complete(fields: dict) -> dict:
     return {**fields, "num_key_value_heads": fields["num_attention_heads"] if kv_heads is None else kv_heads}
 
 
-ZIYA_VOCABULARY = 39424  # LLaMA's 32000 tokens and Chinese ones; no other model has this many
-
-
-def chat_template(fields: Mapping) -> str | None:
-    """Ziya and Ziya2 say nothing in their files, but their vocabulary does."""
-    return "ziya" if fields["vocab_size"] == ZIYA_VOCABULARY else None
-
-
 def is_paddlenlp(config: Mapping) -> bool:
     """Whether PaddleNLP's own LLaMA, which has other keys, wrote this config.json."""
     return "paddlenlp_version" in config or "rope_scaling_type" in config
@@ -104,5 +96,4 @@ FAMILY = Family(
     neutral=NEUTRAL,
     ignored=IGNORED,
     complete=complete,
-    chat_template=chat_template,
 )

@@ -59,5 +59,4 @@ FAMILY = Family(
     neutral=NEUTRAL,
     ignored=IGNORED,
     complete=complete,
-    chat_template=llama.chat_template,
 )
