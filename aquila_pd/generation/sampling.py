@@ -1,7 +1,7 @@
 """From one row of logits to one token, in numpy: the same numbers on every device and whatever else is in the batch.
 
-A vocabulary has 100,000 entries and a row is looked at for every token, so nothing here sorts a whole row where a
-few blocks of it will do. Candidates are kept in the order of their ids: a draw then depends on their probabilities
+A vocabulary has 100,000 entries and a row is looked at for every token, so nothing here sorts a whole
+row. Candidates are kept in the order of their ids: a draw then depends on their probabilities
 only, and not on the order in which nearly equal ones happen to be sorted.
 """
 
@@ -11,7 +11,9 @@ from .params import AQUILA, SamplingParams
 from .sequences import Sequence, TokenLogprob
 
 BLOCK = 64  # entries looked at together when the largest are searched
-HEADS = (256, 4096)  # so many of the likeliest tokens are sorted before the whole row is
+HEAD = 256  # so many of the likeliest tokens usually hold what is asked for
+FINE_BITS = 15  # of a float32, which tell apart weights less than a percent from each other
+COLDEST = np.float32(1e-30)  # a temperature: differences of logits divided by it are finite, and it is no 0
 
 
 def choose(logits: np.ndarray, sequence: Sequence) -> int:
@@ -73,11 +75,11 @@ def _among(ids: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """[V] -> weights [V], the largest 1: nobody here needs them to sum to 1."""
-    x = logits - logits.max()
+    """Logits [V] -> weights [V], float32, the largest 1: nobody here needs them to sum to 1."""
+    x = logits - logits.max()  # before the division: the largest is 0 at any temperature
     if temperature != 1.0:
-        x = x.astype(np.float64) / temperature  # the difference first: no temperature makes a NaN of it
-    return np.exp(x)
+        x /= max(np.float32(temperature), COLDEST)
+    return np.exp(x, out=x)
 
 
 def largest(x: np.ndarray, k: int) -> np.ndarray:
@@ -97,16 +99,27 @@ def largest(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, in order, of the fewest largest weights [V] that hold the share top_p of their sum; at least one."""
+    """Indices, in order, of the fewest largest weights [V], float32, that hold the share top_p of their sum."""
     wanted = top_p * weights.sum(dtype=np.float64)
-    for size in (*HEADS, len(weights)):
-        head = largest(weights, size)
-        order = head[np.argsort(weights[head], kind="stable")[::-1]]
-        held = np.cumsum(weights[order], dtype=np.float64)
-        if held[-1] >= wanted:
-            break
-    count = int(np.searchsorted(held, wanted)) + 1
-    return np.sort(order[:count])
+    head = largest(weights, HEAD)
+    if weights[head].sum(dtype=np.float64) >= wanted:  # nearly always
+        return np.sort(head[_heaviest(weights[head], wanted)])
+    # The bits of positive floats are in the order of the floats: weights are summed in buckets of their upper bits,
+    # and only the bucket in which the share is reached is sorted.
+    buckets = weights.view(np.int32) >> FINE_BITS
+    held = np.cumsum(np.bincount(buckets, weights)[::-1])[::-1]  # by each bucket and those above
+    border = max(int(np.count_nonzero(held >= wanted)) - 1, 0)
+    above = held[border + 1] if border + 1 < len(held) else 0.0
+    inside = np.flatnonzero(buckets == border)
+    kept = buckets > border
+    kept[inside[_heaviest(weights[inside], wanted - above)]] = True
+    return np.flatnonzero(kept)
+
+
+def _heaviest(weights: np.ndarray, wanted: float) -> np.ndarray:
+    """Indices of the fewest largest weights whose sum is at least `wanted`, or of all."""
+    order = np.argsort(-weights, kind="stable")
+    return order[: int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), wanted)) + 1]
 
 
 def draw(weights: np.ndarray, u: float) -> int:
