@@ -16,6 +16,9 @@ VERBS = {
     "to-torch": ("aquila_pd.checkpoint.command:to_torch", "a Paddle checkpoint back into a Hugging Face folder"),
     "inspect": ("aquila_pd.checkpoint.inspect", "what a checkpoint is, and what it would be converted to"),
     "verify": ("aquila_pd.checkpoint.verify.command", "prove that a converted folder is its torch checkpoint"),
+    "chat": ("aquila_pd.chat.terminal", "talk to a converted model in the terminal"),
+    "generate": ("aquila_pd.chat.batch", "continue prompts, or answer them, one or a file of them"),
+    "serve": ("aquila_pd.serving.command", "a web service that OpenAI clients talk to, with a chat page"),
     "doctor": ("aquila_pd.doctor", "installed versions beside the tested ones, this machine, and what to mend"),
 }
 

@@ -23,7 +23,7 @@ from paddlenlp.transformers.model_outputs import (
 
 from .cache import KVCache
 from .configuration import AquilaConfig
-from .errors import AquilaError
+from .errors import AquilaError, InstallationError
 from .fusion_ops import Ops, attention_with_weights, select
 from .masks import causal_mask, full_mask, hide_beyond, keep_mask, positions
 from .paddlenlp_generate import AquilaGeneration
@@ -378,6 +378,21 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def predict(self, text: str, tokenizer=None, **options) -> str:
+        """Answer a text as upstream's predict() does, without its defects; aquila_pd/chat/predict.py has the options.
+
+        Raises InstallationError in a converted folder used where aquila_pd is not installed: generate() works there.
+        """
+        try:
+            from aquila_pd.chat.predict import predict
+        except ModuleNotFoundError as error:
+            if error.name and error.name.split(".")[0] == "aquila_pd":
+                raise InstallationError(
+                    "predict() needs the package: pip install aquila_pd.", name="aquila_pd"
+                ) from error
+            raise
+        return predict(self, text, tokenizer, **options)
 
 
 class AquilaForSequenceClassification(AquilaPretrainedModel):

@@ -12,7 +12,7 @@ NAME = "aquila_pd"
 VERSION = "0.1.0"
 PYTHON = ">=3.11,<3.13"
 TESTED_PYTHON = "3.11"
-TEST_EXTRAS = ("verify", "gguf")  # what the test suite needs beside its own tools
+TEST_EXTRAS = ("verify", "gguf", "serve")  # what the test suite needs beside its own tools
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,17 @@ PINS = (
         breaks=((">=4.56", "it asks for tokenizers 0.22, which paddlenlp does not allow"),),
     ),
     Pin("gguf", ">=0.19,<0.20", "0.19.0", "reads GGUF checkpoints", extra="gguf"),
+    Pin("fastapi", ">=0.165,<1", "0.165.0", "the routes of the server", extra="serve"),
+    Pin("uvicorn", ">=0.54,<1", "0.54.0", "speaks HTTP for the server", extra="serve"),
+    Pin("prometheus_client", ">=0.26,<1", "0.26.0", "writes /metrics in Prometheus' format", extra="serve"),
     Pin("pytest", "==9.2.0", "9.2.0", "runs the tests", extra="test"),
     Pin("pytest-timeout", ">=2.4", "2.4.0", "ends a test that hangs", extra="test"),
     Pin("hypothesis", "==6.170.15", "6.170.15", "makes damaged files for the tests", extra="test"),
     Pin("bitsandbytes", "==0.50.2", "0.50.2", "writes genuine NF4 checkpoints for the tests", extra="test"),
+    Pin("openai", "==3.57.0", "3.57.0", "the client the server is made for, in the tests", extra="test"),
+    Pin("httpx", "==0.28.1", "0.28.1", "looks at the server's bytes in the tests and the load tool", extra="test"),
+    Pin("lm_eval", "==0.4.13", "0.4.13", "scores texts through the server in the tests", extra="test"),
+    Pin("playwright", "==1.65.2", "1.65.2", "drives Chromium over the chat page in the tests", extra="test"),
     Pin("ruff", "==0.17.6", "0.17.6", "lint and format; the layout depends on its version", extra="dev"),
     Pin(
         "paddleformers",

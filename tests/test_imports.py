@@ -19,11 +19,11 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
     {"startup"},
     {"versions", "weight_map", "config_checks"},
     {"families", "files", "gguf_file", "sentencepiece_merges", "sentencepiece_files", "shards"},
-    {"tokenizer_config", "tokenizer_folder", "tokenizer_gguf", "tokenizer_save", "tokenizer_files"},
+    {"tokenizer_config", "tokenizer_folder", "tokenizer_gguf", "tokenizer_save", "tokenizer_files", "tokenizer_pieces"},
     {"checkpoint"},
 )
 MODEL = (
-    {"configuration", "masks", "cache", "tokenizer"},
+    {"configuration", "masks", "cache", "tokenizer", "tokenizer_chat"},
     {"fusion_ops"},
     {"paddlenlp_generate"},
     {"model_files"},
@@ -41,6 +41,7 @@ ALLOWED = {
     ("registration", "configuration"): "a hook: runs when PaddleNLP has been loaded, long after its own import",
     ("registration", "modeling"): "the same hook",
     ("registration", "tokenizer"): "the same hook",
+    ("modeling", "chat.predict"): "model.predict() is what upstream's users call; imported when they do",
     ("checkpoint.verify.logits", "modeling"): "the proof by logits runs the Paddle model",
     **{
         ("checkpoint.verify.paddle_side", name): "the proof layer by layer runs the Paddle model's layers"
