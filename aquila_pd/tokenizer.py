@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from jinja2.exceptions import TemplateSyntaxError
 from paddlenlp.transformers import PretrainedTokenizer
 from paddlenlp.transformers.tokenizer_utils import ChatTemplate
 from paddlenlp.transformers.tokenizer_utils_base import (
@@ -23,21 +22,15 @@ from paddlenlp.transformers.tokenizer_utils_base import (
     TruncationStrategy,
     to_py_obj,
 )
-from paddlenlp.utils.log import logger
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from .errors import TokenizerError
 from .files import write_text
-from .tokenizer_config import (
-    CHAT_TEMPLATE_JSON,
-    content_of,
-    named_in,
-    read_chat_template_json,
-    read_config,
-    special_names,
-)
+from .tokenizer_chat import ChatMixin
+from .tokenizer_config import content_of, named_in, read_config, special_names
 from .tokenizer_folder import build_bpe, build_sentencepiece, is_byte_level, load_backend, require_tokenizer
 from .tokenizer_gguf import from_gguf
+from .tokenizer_pieces import PieceEncoder
 from .tokenizer_save import write_files
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -53,7 +46,7 @@ PLAIN_OPTIONS = frozenset(
 )
 
 
-class AquilaTokenizer(PretrainedTokenizer):
+class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
     """Byte-level BPE of the Aquila family, of any folder or GGUF file whose tokenizer is one, and SentencePiece models.
 
     vocab_file, merges_file, tokenizer_file, sentencepiece_file: the files of one folder; tokenizer_file
@@ -119,6 +112,7 @@ class AquilaTokenizer(PretrainedTokenizer):
         """Keep PaddleNLP's tables of added tokens in step with the backend, whose word is final."""
         self.added_tokens_decoder = dict(sorted(self.backend.get_added_tokens_decoder().items()))
         self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
+        self._pieces = PieceEncoder(self.backend)
         # A byte-level decoder takes letters such as é in an added token for bytes; these are decoded one by one.
         letters = self.added_tokens_decoder if is_byte_level(self.backend) else ()
         decoded = {i: self.backend.decode([i], skip_special_tokens=False) for i in letters}
@@ -163,25 +157,6 @@ class AquilaTokenizer(PretrainedTokenizer):
             kwargs.setdefault("additional_special_tokens", list(map(content_of, config["additional_special_tokens"])))
         return super()._from_pretrained(files, pretrained_model_name_or_path, *args, **kwargs)
 
-    def init_chat_template(self, chat_template: str | dict | list | ChatTemplate) -> None:
-        """Set the chat template; a Jinja text is kept word for word for saving.
-
-        Of a list of named templates, as Hugging Face writes it, the one called "default" is used and all are kept.
-        """
-        is_file = isinstance(chat_template, str) and Path(chat_template[:200]).exists()
-        if is_file and Path(chat_template).name == CHAT_TEMPLATE_JSON:
-            chat_template, is_file = read_chat_template_json(Path(chat_template)), False
-        if isinstance(chat_template, str | list) and not is_file:
-            self.init_kwargs["chat_template"] = chat_template
-        if isinstance(chat_template, list):
-            chat_template = {t["name"]: t["template"] for t in chat_template}.get("default")
-            if chat_template is None:
-                return
-        try:
-            super().init_chat_template(chat_template)
-        except TemplateSyntaxError as error:
-            logger.warning(f"The chat template uses Jinja that PaddleNLP does not know; kept, but not usable: {error}")
-
     def save_pretrained(
         self, save_directory: str, filename_prefix: str | None = None, **kwargs: object
     ) -> tuple[str, ...]:
@@ -198,19 +173,6 @@ class AquilaTokenizer(PretrainedTokenizer):
             write_text(folder / "chat_template.json", template)
             names.append("chat_template.json")
         return tuple(str(folder / name) for name in names)
-
-    def __getstate__(self) -> dict:
-        """For pickle and deepcopy: compiled Jinja templates cannot travel, their text in init_kwargs does."""
-        state = dict(self.__dict__)
-        state.pop("init_config", None)
-        if not isinstance(state.get("chat_template"), ChatTemplate):
-            state.pop("chat_template", None)
-        return state
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        if self.chat_template is None and self.init_kwargs.get("chat_template"):
-            self.init_chat_template(self.init_kwargs["chat_template"])
 
     # ------------------------------------------------------------------------------------------------- vocabulary
 
@@ -259,18 +221,23 @@ class AquilaTokenizer(PretrainedTokenizer):
 
     # --------------------------------------------------------------------------------------------------- encoding
 
-    def _encodings(self, texts: list[str], *, ids_only: bool = False) -> list[Encoding]:
-        """The backend's encodings of several texts, without the ids around a text.
+    def _encodings(
+        self, texts: list[str], *, ids_only: bool = False, backend: Tokenizer | None = None
+    ) -> list[Encoding]:
+        """The encodings of several texts, without the ids around a text.
 
-        ids_only: the library's faster way, which leaves tokens and offsets empty.
+        ids_only: the library's faster way, which leaves tokens and offsets empty. backend: to encode with, by default
+        the one that finds special tokens, or with split_special_tokens the one that does not.
         """
-        if self.backend.encode_special_tokens != bool(self.split_special_tokens):
-            self.backend.encode_special_tokens = bool(self.split_special_tokens)
-        encode = self.backend.encode_batch_fast if ids_only else self.backend.encode_batch
+        backend = backend or self._backend_for(self.split_special_tokens)
+        encode = backend.encode_batch_fast if ids_only else backend.encode_batch
         try:
             return encode(texts, add_special_tokens=False)
         except TypeError:
             return encode(self._without_surrogates(texts), add_special_tokens=False)
+
+    def _backend_for(self, split_special_tokens: bool) -> Tokenizer:
+        return self._pieces.for_words() if split_special_tokens else self.backend
 
     def _without_surrogates(self, texts: list[str]) -> list[str]:
         """The texts with U+FFFD for lone surrogates (pairs become the character they stand for), or an error."""
@@ -288,12 +255,8 @@ class AquilaTokenizer(PretrainedTokenizer):
 
     def tokenize(self, text: str, **kwargs: object) -> list[str]:
         """The tokens of one text, in the vocabulary's spelling (bytes shown as letters, a space as Ġ)."""
-        split = kwargs.get("split_special_tokens", self.split_special_tokens)
-        before, self.split_special_tokens = self.split_special_tokens, split
-        try:
-            return self._encodings([text])[0].tokens
-        finally:
-            self.split_special_tokens = before
+        backend = self._backend_for(kwargs.get("split_special_tokens", self.split_special_tokens))
+        return self._encodings([text], backend=backend)[0].tokens
 
     def get_offset_mapping(self, text: str, split_tokens: list[str] | None = None) -> list[tuple[int, int]] | None:
         """(start, end) of each token in characters of the text; tokens of one character share its place."""
