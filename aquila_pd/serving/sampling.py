@@ -1,0 +1,94 @@
+"""From a request's parameters to the engine's, with the limits of the model that runs."""
+
+from ..errors import GenerationError
+from ..generation import SamplingParams
+from .api_errors import context_length, invalid
+from .protocol import Asked
+
+DEFAULT_MAX_TOKENS = 16  # of the completions endpoint, as OpenAI has it
+
+
+def sampling_params(
+    asked: Asked,
+    *,
+    stop_ids: tuple[int, ...],
+    max_new_tokens: int,
+    vocab_size: int,
+    logprobs: int | None,
+    prompt_logprobs: bool = False,
+) -> SamplingParams:
+    """The engine's parameters; null means the default. Raises ApiError for values without meaning for this model."""
+    check_ids(asked.stop_token_ids or (), vocab_size, param="stop_token_ids")
+    try:
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=asked.min_tokens or 0,
+            temperature=_or(asked.temperature, 1.0),
+            top_k=max(asked.top_k or 0, 0),
+            top_p=max(_or(asked.top_p, 1.0), 1e-9),  # 0 leaves the likeliest token, as a very small share does
+            min_p=asked.min_p or 0.0,
+            repetition_penalty=_or(asked.repetition_penalty, 1.0),
+            presence_penalty=asked.presence_penalty or 0.0,
+            frequency_penalty=asked.frequency_penalty or 0.0,
+            logit_bias=biases(asked.logit_bias or {}, vocab_size),
+            stop_ids=(*stop_ids, *(asked.stop_token_ids or ())),
+            seed=None if asked.seed is None else asked.seed % 2**64,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            n=asked.n or 1,
+        )
+    except GenerationError as error:
+        raise invalid(str(error)) from error
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def biases(asked: dict[str, float], vocab_size: int) -> dict[int, float]:
+    """logit_bias with its ids as numbers."""
+    wrong = [key for key in asked if not (key.isascii() and key.isdecimal() and len(key) < 11)]
+    if wrong:
+        raise invalid(f"`logit_bias`: {wrong[0][:40]!r} is not a token id in digits.", param="logit_bias")
+    found = {int(key): bias for key, bias in asked.items()}
+    check_ids(found, vocab_size, param="logit_bias")
+    return found
+
+
+def check_ids(ids, vocab_size: int, *, param: str) -> None:
+    """Raise ApiError for ids that the model does not have."""
+    unknown = [i for i in ids if i >= vocab_size]
+    if unknown:
+        raise invalid(
+            f"`{param}`: the model has no token {unknown[0]}; its ids are 0 to {vocab_size - 1}.", param=param
+        )
+
+
+def room(asked: int | None, default: int | None, longest: int, limit: int, *, param: str) -> int:
+    """How many tokens an answer may have after a prompt of `longest`, in a context of `limit`.
+
+    asked: the client's number, which has to fit. default: None for as many as fit.
+    """
+    left = limit - longest
+    if asked is not None:
+        if asked > left:
+            raise context_length(longest, asked, limit, param=param)
+        return asked
+    if left < 1:
+        raise context_length(longest, 0, limit, param=param)
+    return left if default is None else min(default, left)
+
+
+def require_stream(asked: Asked) -> None:
+    if asked.stream_options is not None and not asked.stream:
+        raise invalid("`stream_options` is for streams: set stream to true.", param="stream_options")
+
+
+def at_most(count: int, limit: int) -> None:
+    """Raise ApiError when a single request asks for more answers than the server ever takes."""
+    if count > limit:
+        raise invalid(
+            f"This request asks for {count:,} answers at once; the server takes {limit:,}, running and waiting "
+            "together. Send fewer prompts in a request, or a smaller n.",
+            param="n",
+        )

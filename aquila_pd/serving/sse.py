@@ -1,0 +1,75 @@
+"""Server-sent events as OpenAI sends them: `data: {...}`, an empty line, and `data: [DONE]` at the end.
+
+A client that takes nothing for a while is cut off; one that hangs up ends its request at once.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from .api_errors import ApiError, ClientGone, internal
+from .running import Running
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second: nginx is not to collect the events
+
+
+def dumps(value: object) -> bytes:
+    """Compact UTF-8 JSON. NaN and infinity are a ValueError: JSON has neither."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+
+
+class Json(JSONResponse):
+    """An answer that is one JSON value."""
+
+    def render(self, content: object) -> bytes:
+        return dumps(content)
+
+
+def event(value: dict) -> bytes:
+    return b"data: " + dumps(value) + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """The chunks of a running request. Closing it, however it ends, ends the request.
+
+    An error on the way is an event of its own, then comes the end like any other: clients see that it is complete.
+    """
+
+    def __init__(self, chunks: AsyncIterator[dict], running: Running, *, stall_timeout: float):
+        super().__init__(chunks, media_type="text/event-stream", headers=HEADERS)
+        self._running, self._stall_timeout = running, stall_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def say(body: bytes, more: bool = True) -> None:
+            message = {"type": "http.response.body", "body": body, "more_body": more}
+            await asyncio.wait_for(send(message), self._stall_timeout)
+
+        with self._running:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                failure = await self._say_chunks(say)
+                await say(DONE)
+                await say(b"", more=False)
+            except TimeoutError:
+                self._running.note("reader_stalled")
+                raise ClientGone from None
+        if failure is not None:
+            raise failure
+
+    async def _say_chunks(self, say) -> Exception | None:
+        """All chunks, or an error as the last one; a mistake of our own is returned, for the log."""
+        try:
+            async for chunk in self.body_iterator:
+                await say(event(chunk))
+        except (ClientGone, TimeoutError):
+            raise
+        except Exception as error:
+            told = error if isinstance(error, ApiError) else internal(self._running.record.request_id)
+            self._running.note(told.code)
+            await say(event(told.body()))
+            return None if told is error else error
+        return None
