@@ -66,22 +66,9 @@ def tiny_chat_folder(path: Path, template: str | None = "aquila-v1", *, seed: in
 
     path = Path(path)
     source = tiny_torch_folder(path.with_name(f"{path.name}-torch"), seed=seed, **config)
-    if template is not None:
-        record_template(source, template)
-    convert(source, path, verify="none", say=lambda line: None)
+    convert(source, path, verify="none", chat_template=template or "auto", say=lambda line: None)
     shutil.rmtree(source)
     return path
-
-
-def record_template(folder: Path, name: str) -> None:
-    """Write the template's Jinja text where a folder of today has it."""
-    try:
-        from aquila_pd.chat_templates import find_template
-    except ImportError:  # TODO until the templates are there
-        return
-
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": find_template(name).jinja()}))
 
 
 def write_sentencepiece_tokenizer(folder: Path) -> Path:
