@@ -7,12 +7,13 @@ only, and not on the order in which nearly equal ones happen to be sorted.
 
 import numpy as np
 
-from .params import AQUILA, SamplingParams
+from .params import AQUILA, STANDARD, SamplingParams
 from .sequences import Sequence, TokenLogprob
 
 BLOCK = 64  # entries looked at together when the largest are searched
 HEAD = 256  # so many of the likeliest tokens usually hold what is asked for
 FINE_BITS = 15  # of a float32, which tell apart weights less than a percent from each other
+OFTEN = 0.5  # a nucleus of this share is met by drawing from the whole twice
 COLDEST = np.float32(1e-30)  # a temperature: differences of logits divided by it are finite, and it is no 0
 
 
@@ -22,6 +23,8 @@ def choose(logits: np.ndarray, sequence: Sequence) -> int:
     x = adjusted(logits, sequence) if params.adjusts else logits
     if params.greedy:
         return int(x.argmax())
+    if OFTEN <= params.top_p < 1 and not params.top_k and not params.min_p and params.order == STANDARD:
+        return draw_in_nucleus(softmax(x, params.temperature), params.top_p, sequence.random)
     ids, weights = candidates(x, params)
     drawn = draw(weights, sequence.random.random())
     return int(drawn if ids is None else ids[drawn])
@@ -120,6 +123,18 @@ def _heaviest(weights: np.ndarray, wanted: float) -> np.ndarray:
     """Indices of the fewest largest weights whose sum is at least `wanted`, or of all."""
     order = np.argsort(-weights, kind="stable")
     return order[: int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), wanted)) + 1]
+
+
+def draw_in_nucleus(weights: np.ndarray, top_p: float, random: np.random.Generator) -> int:
+    """A draw from `nucleus(weights, top_p)` that does not find all of it: draws of the whole until one lies in it.
+
+    A token does when those heavier than it hold less than the share; so one try in 1 / top_p does.
+    """
+    wanted = top_p * weights.sum(dtype=np.float64)
+    while True:
+        drawn = draw(weights, random.random())
+        if np.dot(weights, weights > weights[drawn]) < wanted:
+            return drawn
 
 
 def draw(weights: np.ndarray, u: float) -> int:
