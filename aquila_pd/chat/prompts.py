@@ -49,8 +49,10 @@ class ChatPrompts:
         A turn is a user's message with the answers to it. The oldest go first, as few as it takes; the system message
         and the last turn stay. Raises ChatError when even these do not fit.
         """
+        if len(self.encode(messages)) <= max_tokens:  # also: all messages can be written, the dropped ones too
+            return list(messages), 0
         system, turns = in_turns(messages)
-        least, most = 0, max(len(turns) - 1, 0)  # of turns to drop; a prompt is the shorter the more go
+        least, most = 0, max(len(turns) - 1, 0)  # turns to drop; a prompt is the shorter the more go
         while least < most:
             middle = (least + most) // 2
             if len(self.encode([*system, *chain(*turns[middle:])])) <= max_tokens:
