@@ -47,7 +47,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
     async def models() -> Response:
         return Json({"object": "list", "data": [entry()]})
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
         service.require_model(model)
         return Json(entry())

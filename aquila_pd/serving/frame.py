@@ -46,6 +46,7 @@ class Frame:
             await self._app(scope, receive, framed)
         except ClientGone:
             status = CLIENT_GONE
+            self._service.abort(scope)
         except Exception as error:
             self._service.log.exception(record.request_id, error)
             record.outcome = "internal_error"
@@ -70,7 +71,7 @@ class Frame:
 
     def _write(self, scope: Scope, status: int, record: Record) -> None:
         path = scope["path"]
-        route = "/v1/models/{model}" if path.startswith("/v1/models/") else path
+        route = "/v1/models/{model:path}" if path.startswith("/v1/models/") else path
         self._service.metrics.answered(route if route in self._routes else "other", status, record)
         words = [record.request_id, scope["method"], shown(path), str(status), f"{record.seconds() * 1000:.0f}ms"]
         if record.prompt_tokens:

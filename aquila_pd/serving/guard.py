@@ -17,6 +17,7 @@ from .service import Service
 
 OPEN_PATHS = ("/health", "/")  # GET only: for load balancers, and the page, which holds nothing
 BODY_SECONDS = 60.0  # for the next part of a request's body
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/")
 CORS_METHODS = "GET, POST"
 CORS_HEADERS = "authorization, content-type"
 
@@ -37,8 +38,8 @@ class Guard:
                 await send({"type": "http.response.start", "status": 204, "headers": preflight_headers()})
                 await send({"type": "http.response.body", "body": b""})
                 return
-            self._check_open(scope)
             self._check_key(scope)
+            self._check_open(scope)
             self._check_body(scope)
         except ApiError as error:
             scope["state"]["record"].outcome = error.code
@@ -64,6 +65,8 @@ class Guard:
     def _check_open(self, scope: Scope) -> None:
         if self._service.stopping and scope["path"] != "/health":
             raise stopping()
+        if scope["method"] == "POST" and scope["path"] in GENERATING:
+            self._service.require_room(1)  # before the body is read: a full server does not spend memory on refusals
 
     def _check_key(self, scope: Scope) -> None:
         key = self._settings.api_key
@@ -105,7 +108,8 @@ class Guard:
             if complete:
                 return await receive()  # only that the client has gone can come now, at any time
             try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+                async with asyncio.timeout(BODY_SECONDS):
+                    message = await receive()
             except TimeoutError:
                 raise ApiError(
                     408,

@@ -13,7 +13,7 @@ from .protocol import ChatRequest
 from .running import Running
 from .sampling import require_stream, room, sampling_params
 from .service import Service, Wanted
-from .sse import EventStream, Json
+from .sse import answered
 from .vocabulary import chat_logprob
 
 
@@ -22,15 +22,7 @@ async def answer(service: Service, asked: ChatRequest, request: Request) -> Resp
     wanted = await plan(service, asked)
     running = service.begin(request, wanted)
     reply = Reply(service, asked, running)
-    if not asked.stream:
-        with running:
-            return Json(reply.whole(await running.whole()))
-    try:
-        await running.begun()
-    except BaseException as error:
-        running.__exit__(type(error), error, None)
-        raise
-    return EventStream(reply.chunks(), running, stall_timeout=service.settings.stall_timeout)
+    return await answered(reply, running, stream=bool(asked.stream), stall_timeout=service.settings.stall_timeout)
 
 
 async def plan(service: Service, asked: ChatRequest) -> Wanted:
@@ -40,6 +32,8 @@ async def plan(service: Service, asked: ChatRequest) -> Wanted:
     require_stream(asked)
     if asked.top_logprobs and not asked.logprobs:
         raise invalid("`top_logprobs` needs logprobs to be true.", param="top_logprobs")
+    if asked.max_completion_tokens is not None and asked.max_tokens is not None:
+        raise invalid("`max_tokens` is the old name of max_completion_tokens: send one of them.", param="max_tokens")
     if asked.max_tokens == 0:
         raise invalid("`max_tokens`: an answer has at least 1 token.", param="max_tokens")
     messages = [message.plain() for message in asked.messages]

@@ -13,7 +13,7 @@ from .protocol import CompletionRequest
 from .running import Running
 from .sampling import DEFAULT_MAX_TOKENS, at_most, require_stream, room, sampling_params
 from .service import Service, Wanted
-from .sse import EventStream, Json
+from .sse import answered
 from .vocabulary import Offsets, legacy_logprobs
 
 
@@ -22,15 +22,7 @@ async def answer(service: Service, asked: CompletionRequest, request: Request) -
     wanted, echoes = await plan(service, asked)
     running = service.begin(request, wanted)
     reply = Reply(service, asked, running, echoes)
-    if not asked.stream:
-        with running:
-            return Json(reply.whole(await running.whole()))
-    try:
-        await running.begun()
-    except BaseException as error:
-        running.__exit__(type(error), error, None)
-        raise
-    return EventStream(reply.chunks(), running, stall_timeout=service.settings.stall_timeout)
+    return await answered(reply, running, stream=bool(asked.stream), stall_timeout=service.settings.stall_timeout)
 
 
 async def plan(service: Service, asked: CompletionRequest) -> tuple[Wanted, list[str]]:

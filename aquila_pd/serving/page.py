@@ -6,6 +6,7 @@ import re
 from importlib.resources import files
 
 SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+STYLE = re.compile(rb"<style>(.*?)</style>", re.DOTALL)
 
 
 def read_page() -> tuple[bytes, dict[str, str]]:
@@ -15,10 +16,13 @@ def read_page() -> tuple[bytes, dict[str, str]]:
 
 
 def policy(page: bytes) -> str:
-    """Only the scripts that are in the page run, whatever a model's answer may bring into it; it talks to us alone."""
-    hashes = (base64.b64encode(hashlib.sha256(script).digest()).decode() for script in SCRIPT.findall(page))
-    scripts = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
+    """Only the scripts and styles in the page count, whatever an answer may bring into it; it talks to us alone."""
     return (
-        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {hashes(SCRIPT, page)}; style-src {hashes(STYLE, page)}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+
+
+def hashes(element: re.Pattern[bytes], page: bytes) -> str:
+    digests = (base64.b64encode(hashlib.sha256(text).digest()).decode() for text in element.findall(page))
+    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"

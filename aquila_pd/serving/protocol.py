@@ -6,11 +6,16 @@ for nothing (tools: [], response_format: {"type": "text"}); that value is accept
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+# More of these are not looked at one by one: a small body could otherwise ask for a huge list of what is wrong with it.
+MOST_PARAMETERS = 100
 MOST_STOPS = 16
 MOST_PROMPTS = 2048
+MOST_MESSAGES = 4096
+MOST_BIASES = 4096
+MOST_LABELS = 16
 INT64 = 2**63
 
 
@@ -18,6 +23,13 @@ class Strict(BaseModel):
     """No unknown parameters, no conversions, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > MOST_PARAMETERS:
+            raise wrong(f"{len(value):,} parameters; nothing here has so many")
+        return value
 
 
 def wrong(sentence: str) -> PydanticCustomError:
@@ -53,12 +65,23 @@ def joined_text(value: object) -> object:
     return "".join(part["text"] for part in value)
 
 
+def at_most(limit: int) -> BeforeValidator:
+    """Refuses a longer list or object before its entries are looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list | dict) and len(value) > limit:
+            raise wrong(f"{len(value):,} entries; at most {limit:,}")
+        return value
+
+    return BeforeValidator(check)
+
+
 def as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
 Content = Annotated[str, BeforeValidator(joined_text)]
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(as_list), Field(max_length=MOST_STOPS)]
+Stop = Annotated[list[Annotated[str, Field(min_length=1)]], at_most(MOST_STOPS), BeforeValidator(as_list)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 NO_TOOLS = "this server calls no tools"
@@ -86,18 +109,18 @@ class Asked(Strict):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(MOST_BIASES)] | None = None
     # beyond OpenAI's
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[TokenId], at_most(256)] | None = None
     # labels, without influence on the answer
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], at_most(MOST_LABELS)] | None = None
     # asked for nothing
     store: only(False, why="nothing is stored")
     service_tier: only("auto", "default", why="there is one tier")
@@ -123,10 +146,13 @@ class Message(Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
+Messages = Annotated[list[Message], Field(min_length=1), at_most(MOST_MESSAGES)]
+
+
 class ChatRequest(Asked):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -180,7 +206,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -189,14 +215,16 @@ class DetokenizeRequest(Strict):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class SeedRequest(Strict):
     """POST /: the service of BAAI's own example, with the names and defaults of `predict`."""
 
     prompt: str
-    history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
+    history: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], at_most(MOST_MESSAGES)] | None = (
+        None
+    )
     max_gen_len: Annotated[int, Field(ge=1, lt=2**31)] = 200
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.9
     topk: Annotated[int, Field(ge=0, lt=2**31)] = 15

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Scope
 
 from ..errors import AquilaError
 from .service import Service
@@ -57,6 +58,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._say = service, say
         self._leaving: asyncio.Task | None = None
+        service.abort = self._abort
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.worker.start()
@@ -80,6 +82,12 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are ours: uvicorn would die of them again once everything is finished."""
         yield
+
+    def _abort(self, scope: Scope) -> None:
+        """Drop a request's connection with what is still to be written: its client takes nothing."""
+        for connection in list(self.server_state.connections):
+            if connection.scope is scope:
+                connection.transport.abort()
 
     def leave(self) -> None:
         """Finish what is running, then end; called again, end at once."""

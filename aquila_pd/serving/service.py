@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from starlette.requests import Request
+from starlette.types import Scope
 
 from ..chat.text import TextStream
 from ..errors import AquilaError
@@ -61,6 +62,7 @@ class Service:
         self.fingerprint = f"{NAME}-{VERSION}"
         self.running: set[Running] = set()
         self.stopping = False
+        self.abort: Callable[[Scope], None] = lambda scope: None  # set by the server: drops a request's connection
         # one thread: the tokenizer is not for several, and a long text must not stop the event loop
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -110,10 +112,7 @@ class Service:
             raise stopping()
         if not self.worker.alive:
             raise engine_failed()
-        taken = sum(running.job.count for running in self.running)
-        if taken + count > self.settings.most_sequences:
-            self.metrics.rejected.inc()
-            raise overloaded(taken, self.retry_after(taken))
+        self.require_room(count)
         running = Running(
             Job(wanted.prompts, wanted.params, partial(self._choice, wanted)),
             self.worker,
@@ -124,6 +123,13 @@ class Service:
         )
         self.running.add(running)
         return running
+
+    def require_room(self, count: int) -> None:
+        """Raise ApiError when `count` answers more would be too many."""
+        taken = sum(running.job.count for running in self.running)
+        if taken + count > self.settings.most_sequences:
+            self.metrics.rejected.inc()
+            raise overloaded(taken, self.retry_after(taken))
 
     def retry_after(self, taken: int) -> int:
         """Seconds until there should be room, from how long answers took lately."""

@@ -6,10 +6,12 @@ A client that takes nothing for a while is cut off; one that hangs up ends its r
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Protocol
 
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from .answers import Piece
 from .api_errors import ApiError, ClientGone, internal
 from .running import Running
 
@@ -22,11 +24,32 @@ def dumps(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
 
 
+class Reply(Protocol):
+    """What an endpoint makes of the pieces of its answers."""
+
+    def whole(self, pieces: list[Piece]) -> dict: ...
+
+    def chunks(self) -> AsyncIterator[dict]: ...
+
+
 class Json(JSONResponse):
     """An answer that is one JSON value."""
 
     def render(self, content: object) -> bytes:
         return dumps(content)
+
+
+async def answered(reply: Reply, running: Running, *, stream: bool, stall_timeout: float) -> Response:
+    """The response to a running request, whole or as a stream. An error before the first token is no stream yet."""
+    if not stream:
+        with running:
+            return Json(reply.whole(await running.whole()))
+    try:
+        await running.begun()
+    except BaseException as error:
+        running.__exit__(type(error), error, None)
+        raise
+    return EventStream(reply.chunks(), running, stall_timeout=stall_timeout)
 
 
 def event(value: dict) -> bytes:
@@ -45,8 +68,8 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def say(body: bytes, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": body, "more_body": more}
-            await asyncio.wait_for(send(message), self._stall_timeout)
+            async with asyncio.timeout(self._stall_timeout):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
 
         with self._running:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
