@@ -289,7 +289,7 @@ BY_NAME: tuple[tuple[str, str | None], ...] = (
     (r"aquila-?chat-?2.*70b", "aquila-v2"),
     (r"aquila-?chat-?2.*7b", "aquila-v1"),
     (r"aquila-?chat-?7b", "aquila-chat"),
-    (r"aquila-?2?-(?:7b|34b|70b)", None),
+    (r"^(?!.*chat).*aquila-?2?-(?:7b|34b|70b)", None),
 )
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPE_7B = (4096, 11008, 32, 32, 32)

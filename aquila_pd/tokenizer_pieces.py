@@ -19,7 +19,8 @@ from .chat_templates import Piece
 from .errors import TokenizerError, shown
 
 UNSPELLED = "\U0010fffe"  # a code point that is no character
-SPACES = r"\s*"
+SPACES_BEFORE = r"(?:(?<!\s)\s+)?"  # from their first on only, so that a long run is looked at once
+SPACES_BEHIND = r"\s*"
 NO_OTHERS: frozenset[str] = frozenset()
 
 Encode = Callable[[Tokenizer, str], list[int]]
@@ -148,5 +149,5 @@ def special(token: AddedToken) -> AddedToken:
 @lru_cache(maxsize=16)
 def control_pattern(tokens: tuple[tuple[str, bool, bool], ...]) -> re.Pattern | None:
     """Finds tokens, given as (text, swallows white space before, after it); each in a group of its own."""
-    parts = [before * SPACES + f"({re.escape(text)})" + after * SPACES for text, before, after in tokens]
+    parts = [before * SPACES_BEFORE + f"({re.escape(text)})" + after * SPACES_BEHIND for text, before, after in tokens]
     return re.compile("|".join(parts)) if parts else None

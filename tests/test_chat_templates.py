@@ -107,6 +107,18 @@ def test_the_jinja_text_writes_what_render_writes(shared, name, compiled):
             jinja.render(messages=messages, add_generation_prompt=True)
 
 
+def test_the_text_that_earlier_versions_recorded_for_ziya_is_still_ours():
+    recorded = (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ '<human>:' + message['content'].strip() + '\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ '<bot>:' + message['content'].strip() + '\n' }}"
+        "{% else %}{{ raise_exception('This model knows the roles user and assistant only.') }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<bot>:' }}{% endif %}"
+    )
+    assert template_of_jinja(recorded) is TEMPLATES["ziya"]
+
+
 def test_our_jinja_texts_are_recognised_and_no_other():
     for name, template in TEMPLATES.items():
         assert template_of_jinja(template.jinja()).name == name
@@ -329,6 +341,20 @@ def test_a_control_token_that_is_not_called_special_is_no_words_either(aquila):
     assert tokenizer.encode_pieces([Piece("user:", False, False), pieces[1]]).count(turn) == 1
 
 
+def test_white_space_that_a_token_swallows_is_that_of_the_scaffolding(aquila):
+    tokenizer = copy.deepcopy(aquila)
+    tokenizer.backend.add_special_tokens(
+        [AddedToken("<l>", lstrip=True, normalized=False), AddedToken("<r>", rstrip=True, normalized=False)]
+    )
+    tokenizer._note_added_tokens()
+    left, right = map(tokenizer.backend.token_to_id, ("<l>", "<r>"))
+    scaffold = Piece("a \n <l> b<r>  c  ", False, False)
+    plain = tokenizer.encode_pieces([scaffold, Piece("x", False, True)])
+    assert plain == tokenizer("a \n <l> b<r>  c  x")["input_ids"] and {left, right} <= set(plain)
+    odd = tokenizer.encode_pieces([scaffold, Piece("x<l> <r>", False, True)])  # the other way: run by run
+    assert odd[: len(plain) - 1] == plain[:-1] and (odd.count(left), odd.count(right)) == (1, 1)
+
+
 def test_tokens_across_the_border_of_pieces_are_not_put_together(aquila):
     ids = aquila.encode_pieces([Piece("x</", False, False), Piece("s>", False, True)])
     assert aquila.eos_token_id not in ids and aquila.decode(ids) == "x</s>"
@@ -387,6 +413,7 @@ LINEAR = {"rope_scaling": {"type": "linear", "factor": 8.0}}
         "Ziya2-13B-Chat": "ziya",
         "Ziya2-13B-Base": None,
         "Aquila2-34B": None,
+        "my_Aquila2-34B": None,
         "Aquila2-70B-Expr": None,
         "Aquila2-7B": None,
         "Aquila-7B": None,
@@ -409,6 +436,7 @@ def test_published_models_are_known_by_name_whatever_their_sizes(name, wanted):
         (SIZES_34B, "aquila-legacy"),
         (SIZES_34B | {"vocab_size": 143_700}, "aquila-legacy"),
         (SIZES_34B | LINEAR, "aquila"),
+        (SIZES_34B | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "aquila-legacy"),
         (SIZES_34B | {"vocab_size": 32000}, None),
         (SIZES_70B, "aquila-v2"),
         (SIZES_70B | {"vocab_size": 32000}, None),  # LLaMA-2-70B
