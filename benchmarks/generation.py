@@ -3,7 +3,7 @@
     python benchmarks/generation.py --shape 0.4b --batch 1 4 16
 
 Greedy, float32, equally long random prompts, each side in a process of its own, in turn, with the same number of
-threads. A batch is generated twice, for 1 and for `--new` tokens: the first is the prefill, the difference decoding.
+threads. Prefill is the time to the first token of all rows; decoding the median step after it.
 transformers reads the folder the Paddle side was converted from. With --sampling the engine draws with temperature
 0.8 and top_p 0.9 too, to show what that costs.
 """
@@ -32,15 +32,12 @@ folder, batch, length, new, threads = sys.argv[1], *map(int, sys.argv[2:6])
 prompts = np.random.default_rng(0).integers(3, 30000, (batch, length))
 
 def measure(generate):
-    # prompts shorter than those measured warm up kernels and memory
-    generate(prompts[:, :8], 2)
+    # generate(ids, n, step) continues rows by n tokens and calls step() after each; the median: machines are noisy
+    generate(prompts[:, :8], 2, lambda: None)  # warms up kernels and memory
+    times = []
     begin = time.perf_counter()
-    generate(prompts, 1)
-    first = time.perf_counter() - begin
-    begin = time.perf_counter()
-    generate(prompts, new)
-    every = time.perf_counter() - begin
-    return {"prefill": batch * length / first, "decode": batch * (new - 1) / (every - first)}
+    generate(prompts, new, lambda: times.append(time.perf_counter()))
+    return {"prefill": batch * length / (times[0] - begin), "decode": batch / float(np.median(np.diff(times)))}
 """
 OURS = """
 import aquila_pd, paddle
@@ -50,47 +47,72 @@ paddle.base.core.set_num_threads(threads)
 model = AquilaForCausalLM.from_pretrained(folder, dtype="float32")
 model.eval()
 model.fuse_projections()
-engine = Engine(model, slots=batch, prefix_reuse=False, prefill_chunk=512)
+engine = Engine(model, slots=batch, prefix_reuse=False, prefill_chunk=batch * length)
 chosen = dict(temperature=0.8, top_p=0.9, seed=1) if "sampling" in sys.argv else dict(temperature=0)
-result = measure(lambda ids, n: engine.generate(ids.tolist(), SamplingParams(max_new_tokens=n, **chosen)))
+
+def generate(ids, n, step):
+    for row in ids.tolist():
+        engine.add(row, SamplingParams(max_new_tokens=n, **chosen))
+    while engine.step():
+        step()
+
+result = measure(generate)
 stats = engine.stats
 result["overhead"] = 1 - stats.forward_seconds / stats.step_seconds
 print(json.dumps(result))
 """
 TRANSFORMERS = """
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 torch.set_num_threads(threads)
 model = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
 model.generation_config.eos_token_id = None
 model.generation_config.pad_token_id = 0
 
-def generate(ids, n):
+class Step(StoppingCriteria):
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, ids, scores, **_):
+        self.step()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+def generate(ids, n, step):
     ids = torch.from_numpy(np.ascontiguousarray(ids))
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    criteria = StoppingCriteriaList([Step(step)])
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
+                   stopping_criteria=criteria)
 
 print(json.dumps(measure(generate)))
 """
 PADDLENLP = """
 import paddle
+from paddlenlp.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from paddlenlp.transformers import LlamaForCausalLM
 paddle.base.core.set_num_threads(threads)
 model = LlamaForCausalLM.from_pretrained(folder, dtype="float32", low_cpu_mem_usage=True)
 model.eval()
 
-def generate(ids, n):
+class Step(StoppingCriteria):
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, input_ids, logits, **_):
+        self.step()
+        return False
+
+def generate(ids, n, step):
     ids = paddle.to_tensor(np.ascontiguousarray(ids))
-    mask = paddle.ones_like(ids)
     # an end token that is never drawn: the vocabulary has no such id, and all rows run to the end
-    model.generate(ids, attention_mask=mask, max_new_tokens=n, decode_strategy="greedy_search", eos_token_id=-1,
-                   pad_token_id=0)
+    model.generate(ids, attention_mask=paddle.ones_like(ids), max_new_tokens=n, decode_strategy="greedy_search",
+                   eos_token_id=-1, pad_token_id=0, stopping_criteria=StoppingCriteriaList([Step(step)]))
 
 with paddle.no_grad():
     print(json.dumps(measure(generate)))
 """
 
 
-def measure(code: str, folder: Path, *arguments: object) -> dict:
+def run_side(code: str, folder: Path, *arguments: object) -> dict:
     environment = {**os.environ, "MKL_DEBUG_CPU_TYPE": "5", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": arguments[3]}
     command = [sys.executable, "-c", COMMON + code, str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -127,7 +149,7 @@ def main() -> None:
             sizes = list(map(str, (batch, args.prompt, args.new, args.threads)))
             rounds = []
             for turn in range(args.rounds):
-                rounds.append({name: measure(code, f, *sizes, *more) for name, (code, f, more) in sides.items()})
+                rounds.append({name: run_side(code, f, *sizes, *more) for name, (code, f, more) in sides.items()})
                 print(f"  batch {batch}, round {turn + 1}", file=sys.stderr, flush=True)
             figures[batch] = rounds
         print_tables(figures)

@@ -33,7 +33,7 @@ SIZES = dict(
 
 
 def write_aquila_tokenizer(folder: Path) -> Path:
-    """vocab.json, merges.txt and the published tokenizer_config.json, whose special tokens follow the vocabulary."""
+    """vocab.json, merges.txt and the two published JSON files; the special tokens follow the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -50,6 +50,8 @@ def write_aquila_tokenizer(folder: Path) -> Path:
         '{"add_prefix_space": false, "bos_token": "[CLS]", "clean_up_tokenization_spaces": true, "eos_token": "</s>", '
         '"model_max_length": 2048, "tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>"}'
     )
+    names = {"bos_token": "[CLS]", "eos_token": "</s>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
     return folder
 
 

@@ -5,19 +5,24 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
-from test_converted_folder import write_tokenizer
-from twins import torch_model
+from chat_factory import tiny_torch_folder
 
 pytestmark = pytest.mark.slow  # each command and each piece of Python is a process that loads PaddleNLP
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = "AquilaChat2-34B"
-# Commands that this test is part of, or that the demo's test runs.
-RUN_ELSEWHERE = {"make demo": "tests/test_demo.py", "make test": ".ci/run"}
+# Commands that this test is part of, that the demo's test runs, or that the test of the client's snippet runs.
+RUN_ELSEWHERE = {
+    "make demo": "tests/test_demo.py",
+    "make test": ".ci/run",
+    f"aquila-pd serve {MODEL}-PD --port 8000": "tests/test_readme.py",
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -28,8 +33,7 @@ def blocks(language: str) -> list[str]:
 def workplace(tmp_path_factory):
     """A folder with the model the README speaks of (tiny) and the project's convert/ beside it."""
     work = tmp_path_factory.mktemp("readme")
-    torch_model("gqa", vocab_size=300, bos_token_id=1, eos_token_id=2).save_pretrained(work / MODEL)
-    write_tokenizer(work / MODEL)
+    tiny_torch_folder(work / MODEL, max_position_embeddings=2048)
     shutil.copytree(ROOT / "convert", work / "convert")
     for line in "\n".join(blocks("bash")).splitlines():
         words = shlex.split(line)
@@ -41,7 +45,7 @@ def workplace(tmp_path_factory):
             words[:1] = [sys.executable, "-m", "aquila_pd.cli"]
         else:
             pytest.fail(f"README has a command no test runs: {line}")
-        done = subprocess.run(words, cwd=work, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=work, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return work
 
@@ -52,13 +56,39 @@ def test_every_command_of_the_readme_runs(workplace):
     assert all(Path(ROOT, place).exists() for place in RUN_ELSEWHERE.values())
 
 
-@pytest.mark.parametrize("number", range(2))
+@contextmanager
+def served(workplace: Path) -> Iterator[str]:
+    """The README's server, on a free port: the address it says it has."""
+    (line,) = (line for line in RUN_ELSEWHERE if line.startswith("aquila-pd serve"))
+    words = [sys.executable, "-m", "aquila_pd.cli", *shlex.split(line.replace("8000", "0"))[1:]]
+    process = subprocess.Popen(words, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said = next((line for line in process.stdout if "http://" in line), None)
+        assert said, "the server has ended before it was ready"
+        yield re.search(r"http://\S+", said)[0]
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+PYTHON = blocks("python")
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_the_python_of_the_readme_runs(workplace, number):
-    code = blocks("python")[number]
+    code = PYTHON[number]
     folder = workplace if MODEL in code else workplace / f"{MODEL}-PD"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    with served(workplace) if "OpenAI(" in code else nullcontext("http://127.0.0.1:8000") as address:
+        code = code.replace("http://127.0.0.1:8000", address)
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(blocks("python")) == 2
+    assert done.stdout.strip() or "print" not in code
+
+
+def test_every_piece_of_python_that_the_readme_shows_is_there():
+    assert [word in code for word, code in zip(("predict(", "OpenAI(", "generate("), PYTHON, strict=False)] == [
+        True
+    ] * 3
 
 
 def test_links_lead_somewhere():
