@@ -1,4 +1,4 @@
-"""The chat page in a real browser, as a pytest plugin: fixtures `page_server`, `tab` and `open_tab`.
+"""The chat page in a real browser, as a pytest plugin: fixtures `page_server` and `tab`, `open_tab`, `open_url`.
 
 The browser is Debian's chromium, headless. Every test runs under the Content-Security-Policy the page is served with,
 and ends with two questions: did anything leave the page's own origin, and did the console show an error that the test
@@ -45,7 +45,7 @@ def page_server() -> Iterator[PageServer]:
 class Tab:
     """The page as a person uses it."""
 
-    def __init__(self, context, url: str) -> None:
+    def __init__(self, context, url: str, model: str) -> None:
         self.context, self.url = context, url
         self.refusals_expected = False
         self.console: list[str] = []
@@ -56,7 +56,7 @@ class Tab:
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(url)
-        self.see("#model", MODEL)
+        self.see("#model", model)
 
     def expect_refusals(self) -> None:
         """The browser itself logs a status of 400 and above, and a connection that breaks, as an error."""
@@ -107,12 +107,13 @@ class Tab:
 
 
 @pytest.fixture
-def open_tab(chat_browser, page_server) -> Iterator[Callable[..., Tab]]:
+def open_url(chat_browser) -> Iterator[Callable[..., Tab]]:
+    """open_url(url, model, **options of the browser's context) -> a Tab of any server's page."""
     tabs = []
 
-    def open_one(**options: object) -> Tab:
+    def open_one(url: str, model: str, **options: object) -> Tab:
         context = chat_browser.new_context(**{"locale": "en-US", "viewport": {"width": 1000, "height": 700}, **options})
-        tabs.append(Tab(context, page_server.url))
+        tabs.append(Tab(context, url, model))
         return tabs[-1]
 
     yield open_one
@@ -121,6 +122,11 @@ def open_tab(chat_browser, page_server) -> Iterator[Callable[..., Tab]]:
         tab.context.close()
         assert strangers == []
         assert unexpected == []
+
+
+@pytest.fixture
+def open_tab(open_url, page_server) -> Callable[..., Tab]:
+    return lambda **options: open_url(page_server.url, MODEL, **options)
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """A stand-in for the server behind the chat page: it serves the page and answers as a test has scripted.
 
-Standard library only. Every request is kept for the test to look at. An answer is a function of the HTTP handler; a
+Every request is kept for the test to look at. An answer is a function of the HTTP handler; a
 `Gate` between its pieces lets the test see the page while the answer is half there, without a wait by the clock.
 """
 
-import base64
-import hashlib
 import json
-import re
 import socket
 import threading
 from collections import deque
@@ -15,24 +12,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[1] / "aquila_pd" / "serving" / "page.html"
+from aquila_pd.serving.page import read_page
+
 MODEL = "AquilaChat2-tiny"
 PATIENCE = 60  # seconds until a script that nobody goes on with gives up
-
-
-def content_security_policy(page: str) -> str:
-    """Nothing but this very script and this very style, and requests to where the page came from."""
-
-    def source(tag: str) -> str:
-        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return (
-        f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.keep()
         if self.path == "/":
-            self.send_whole(200, "text/html; charset=utf-8", self.server.page.encode(), self.server.page_headers)
+            self.send_whole(200, "text/html; charset=utf-8", self.server.page, self.server.page_headers)
         elif self.path == "/v1/models" and self.server.models is not None:
             self.server.models(self)
         elif self.path == "/v1/models":
@@ -190,8 +174,7 @@ class PageServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.page = PAGE.read_text(encoding="utf-8")
-        self.page_headers = {"Content-Security-Policy": content_security_policy(self.page)}
+        self.page, self.page_headers = read_page()  # with its Content-Security-Policy, as the real server sends it
         self.answers: deque[Answer] = deque()
         self.received: list[Received] = []
         self.models: Answer | None = None  # None: the usual list of one model

@@ -4,7 +4,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from page_server import MODEL, PAGE, refuse, stream
+from page_server import MODEL, refuse, stream
+
+from aquila_pd.serving.page import read_page
 
 pytest_plugins = ("page_browser",)
 pytestmark = pytest.mark.slow
@@ -25,7 +27,7 @@ class Reader(HTMLParser):
 
 
 def test_the_file_needs_no_unsafe_inline_and_names_nothing_outside():
-    text = PAGE.read_text(encoding="utf-8")
+    text = read_page()[0].decode()
     reader = Reader()
     reader.feed(text)
     assert reader.tags.count("script") == reader.tags.count("style") == 1
