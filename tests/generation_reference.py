@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 from aquila_pd import AquilaConfig, AquilaForCausalLM
+from aquila_pd.generation import Engine, SamplingParams, TokenEvent
 
 # Sizes all different, grouped heads, no multiple of 64 anywhere.
 BASE = dict(
@@ -124,8 +125,8 @@ class Reference:
         if scaling["type"] == "linear":
             positions = positions / factor
         if scaling["type"] == "dynamic":
-            stretched = base * (factor * lengths / most - (factor - 1)) ** (H / (H - 2))
-            base = np.where(lengths > most, stretched, base)
+            stretch = factor * np.maximum(lengths, most) / most - (factor - 1)  # 1 up to the trained length
+            base = base * stretch ** (H / (H - 2))
         return positions[:, None] / base[:, None] ** (np.arange(0, H, 2) / H)
 
     def _attention(self, x: np.ndarray, at: str, angles: np.ndarray) -> np.ndarray:
@@ -201,3 +202,54 @@ def _top_p(x: np.ndarray, top_p: float) -> np.ndarray:
 def forward_logits(model, ids: list[int]) -> np.ndarray:
     """The model's own logits [T, V] of one sequence, without a cache."""
     return model(paddle.to_tensor([ids]), use_cache=False, return_dict=True).logits[0].numpy()
+
+
+# ----------------------------------------------------------------------------------- around an engine
+
+MARGIN = 1e-4  # between the two best logits wherever tokens are compared; float32 is off by 5e-6
+CLOSE = 1e-4  # of log-probabilities
+
+
+def some_ids(length: int, seed: int = 0, *, but: tuple[int, ...] = ()) -> list[int]:
+    return (
+        np.random.default_rng([seed, length])
+        .choice([i for i in range(BASE["vocab_size"]) if i not in but], length)
+        .tolist()
+    )
+
+
+def greedy(count: int, **fields) -> SamplingParams:
+    return SamplingParams(temperature=0, max_new_tokens=count, **fields)
+
+
+def expected(reference: Reference, prompt: list[int], count: int) -> list[int]:
+    answer = reference.greedy(prompt, count)
+    assert answer.margin > MARGIN, "two tokens are nearly as likely: nothing can be compared here, take other ids"
+    return answer.tokens
+
+
+def run(engine: Engine, *, most: int = 5000) -> None:
+    for _ in range(most):
+        if not engine.step():
+            return
+    raise AssertionError("the engine does not come to an end")
+
+
+class Ear:
+    """A listener that remembers."""
+
+    def __init__(self, act=None):
+        self.events: list[TokenEvent] = []
+        self.act = act
+
+    def __call__(self, event: TokenEvent):
+        self.events.append(event)
+        return self.act(event) if self.act else None
+
+    @property
+    def lasts(self) -> list[str]:
+        return [event.finish_reason for event in self.events if event.finish_reason]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token for event in self.events if event.token is not None]
