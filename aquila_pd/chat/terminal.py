@@ -62,11 +62,8 @@ def _main(args: argparse.Namespace) -> None:
     )
     chat = Chat(loaded, screen, args)
     if screen.interactive:
-        prompts = loaded.require_prompts()
-        screen.note(
-            f"{loaded.name}, template {prompts.name}, {loaded.engine.max_length:,} tokens. /help lists commands."
-        )
-        screen.note(LEAVING)
+        template, tokens = loaded.require_prompts().name, loaded.engine.max_length
+        screen.note(f"{loaded.name}, chat template {template}, {tokens:,} tokens. {LEAVING} /help lists commands.")
     chat.talk()
 
 
@@ -190,7 +187,7 @@ class Chat:
         if sequence.error is not None and not stopped:
             raise sequence.error
         left_out = self.conversation.left_out - left_out
-        self.screen.note(summary(sequence, clock, stopped=stopped, left_out=left_out))
+        self.screen.note(summary(sequence, clock, kept=bool(answer.text), stopped=stopped, left_out=left_out))
         if not answer.text:
             return False
         self._failed = None
@@ -249,7 +246,7 @@ class Clock:
             self.first = self.last
 
 
-def summary(sequence: Sequence, clock: Clock, *, stopped: bool, left_out: int) -> str:
+def summary(sequence: Sequence, clock: Clock, *, kept: bool, stopped: bool, left_out: int) -> str:
     """The line under an answer."""
     tokens = len(sequence.tokens)
     parts = [counted(tokens, "token")]
@@ -264,6 +261,6 @@ def summary(sequence: Sequence, clock: Clock, *, stopped: bool, left_out: int) -
         parts.append("stopped by Ctrl-C")
     elif sequence.finish_reason == "length":
         parts.append("cut, see --max-new-tokens")
-    if not tokens:
+    if not kept:
         parts.append("no answer, the turn is not kept")
     return f"[{'; '.join(parts)}]"
