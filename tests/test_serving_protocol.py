@@ -31,6 +31,19 @@ def drawn(server, **more) -> str:
     return response.json()["choices"][0]["message"]["content"]
 
 
+def spied(server, monkeypatch) -> list[tuple]:
+    """(prompt, params) of everything that is given to the engine from now on."""
+    seen = []
+    add = server.service.engine.add
+
+    def noted(prompt, params, listener):
+        seen.append((list(prompt), params))
+        return add(prompt, params, listener)
+
+    monkeypatch.setattr(server.service.engine, "add", noted)
+    return seen
+
+
 # ------------------------------------------------------------------------------------------------------- answers
 
 
@@ -127,12 +140,10 @@ def test_logprobs_stop_where_the_text_does(server, stream):
 
 def given_to_engine(server, monkeypatch, **parameters):
     """The SamplingParams that a request's parameters become."""
-    seen = []
-    add = server.service.engine.add
-    monkeypatch.setattr(server.service.engine, "add", lambda p, params, listen: seen.append(params) or add(p, params, listen))
+    seen = spied(server, monkeypatch)
     response = server.chat(**parameters)
     assert response.status_code == 200, response.text
-    return seen[0]
+    return seen[0][1]
 
 
 def test_every_parameter_reaches_the_engine(server, monkeypatch):
@@ -227,9 +238,10 @@ def test_what_is_not_honoured_is_refused_by_name(server, wrong, param, code):
 @pytest.mark.parametrize(
     "neutral",
     [
-        {"tools": []}, {"tools": None}, {"tool_choice": "none"}, {"functions": []}, {"response_format": {"type": "text"}},
+        {"tools": []}, {"tools": None}, {"tool_choice": "none"}, {"functions": []},
+        {"response_format": {"type": "text"}}, {"prompt_cache_key": "x"},
         {"store": False}, {"user": "me"}, {"metadata": {"a": "b"}}, {"service_tier": "auto"}, {"modalities": ["text"]},
-        {"parallel_tool_calls": None}, {"stream": False}, {"stream": None}, {"model": "tiny"}, {"prompt_cache_key": "x"},
+        {"parallel_tool_calls": None}, {"stream": False}, {"stream": None}, {"model": "tiny"},
     ],
     ids=str,
 )  # fmt: skip
@@ -276,12 +288,10 @@ def test_damaged_bodies_are_named_as_such(server, body, code):
 
 
 def prompt_given(server, monkeypatch, messages) -> list[int]:
-    seen = []
-    add = server.service.engine.add
-    monkeypatch.setattr(server.service.engine, "add", lambda p, params, listen: seen.append(p) or add(p, params, listen))
+    seen = spied(server, monkeypatch)
     response = server.client.post("/v1/chat/completions", json={"messages": messages})
     assert response.status_code == 200, response.text
-    return list(seen[0])
+    return seen[0][0]
 
 
 def test_developer_is_system_and_parts_are_joined(tmp_path, monkeypatch):
@@ -453,11 +463,7 @@ def test_the_seeds_own_service(server):
 
 
 def test_the_seeds_service_has_history_and_drops_the_oldest_turns(server, monkeypatch):
-    seen = []
-    add = server.service.engine.add
-    monkeypatch.setattr(
-        server.service.engine, "add", lambda p, params, listen: seen.append((p, params)) or add(p, params, l)
-    )
+    seen = spied(server, monkeypatch)
     history = [["old " * 60, "x"], ["new", "y"]]
     found = server.client.post("/", json={"prompt": "say<z>", "history": history, "max_gen_len": 100}).json()
     assert found["response"] == "z"
