@@ -20,7 +20,7 @@ from .screen import Screen, is_text, prepare_input
 
 HELP = "Talk to the model of a converted folder. Type /help for what can be done besides."
 COMMANDS = {
-    "/system": "TEXT   what the system says from now on; without TEXT: say it, as it is",
+    "/system": "TEXT   what the system says from now on; without TEXT: show it",
     "/reset": "forget all turns",
     "/retry": "take the last answer back and ask for another",
     "/save": "FILE   write the conversation as JSON",
