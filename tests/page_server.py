@@ -85,12 +85,14 @@ def stream_then(last: bytes | None, *pieces: str | Gate) -> Answer:
     return answer
 
 
-def endless(word: str, heard: threading.Event) -> Answer:
-    """Words until the client hangs up, which sets `heard`."""
+def endless(word: str, heard: threading.Event, first: bytes = b"") -> Answer:
+    """Words until the client hangs up, which sets `heard`; before them `first`, as it is."""
 
     def answer(handler: "Handler") -> None:
         handler.begin_stream()
         try:
+            if first:
+                handler.send_piece(first)
             for _ in range(PATIENCE * 50):
                 handler.send_piece(word)
                 threading.Event().wait(0.02)

@@ -2,10 +2,11 @@
 
 import json
 import re
+import threading
 import time
 
 import pytest
-from page_server import MODEL, Gate, event, refuse, stream, stream_then
+from page_server import MODEL, Gate, endless, event, refuse, stream, stream_then
 
 pytest_plugins = ("page_browser",)
 pytestmark = pytest.mark.slow
@@ -114,6 +115,14 @@ def test_an_answer_broken_in_the_middle_keeps_what_came(tab, page_server, last, 
     tab.page.click("#trouble-act")
     tab.see(".assistant .body", "whole")
     assert page_server.asked[1]["messages"] == [{"role": "user", "content": "question"}]
+
+
+def test_after_an_error_the_page_hangs_up(tab, page_server):
+    heard = threading.Event()
+    page_server.answers.append(endless("字", heard, first=event({"error": {"message": "NaN."}})))
+    tab.say("question")
+    tab.see("#trouble-what", "The server broke the answer off.")
+    assert heard.wait(30)
 
 
 def test_a_server_that_is_gone_is_named_and_found_again(tab, page_server):
