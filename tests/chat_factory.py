@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 VOCAB = 320  # <|endoftext|> and the tokens of the BPE, then Aquila's eight special tokens; rows of the embedding
 BPE = VOCAB - 8
 CLS, EOS = VOCAB - 2, VOCAB - 1
+SENTENCEPIECE = 310  # tokens of the SentencePiece model
 
 # Text to learn merges from: words, Chinese, and emoji of which a token holds a part.
 TEXTS = [
@@ -64,10 +65,23 @@ def tiny_torch_folder(path: Path, *, seed: int = 0, **config) -> Path:
 
 def tiny_chat_folder(path: Path, template: str | None = "aquila-v1", *, seed: int = 0, **config) -> Path:
     """The folder that `aquila-pd convert` makes of the tiny model, with the named chat template (None: with none)."""
+    path = Path(path)
+    return converted(tiny_torch_folder(path.with_name(f"{path.name}-torch"), seed=seed, **config), path, template)
+
+
+def tiny_ziya_folder(path: Path, *, seed: int = 0) -> Path:
+    """A folder like Ziya2's: LLaMA's architecture, SentencePiece, the template "ziya"."""
+    path = Path(path)
+    sizes = dict(vocab_size=SENTENCEPIECE, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    said = factory.config(**{**SIZES, **sizes, "architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    source = factory.write_safetensors(path.with_name(f"{path.name}-torch"), said, factory.weights(said, seed=seed))
+    return converted(write_sentencepiece_tokenizer(source), path, "ziya")
+
+
+def converted(source: Path, path: Path, template: str | None) -> Path:
+    """The converted folder of a torch folder, which is removed."""
     from aquila_pd.checkpoint.convert import convert
 
-    path = Path(path)
-    source = tiny_torch_folder(path.with_name(f"{path.name}-torch"), seed=seed, **config)
     convert(source, path, verify="none", chat_template=template or "auto", say=lambda line: None)
     shutil.rmtree(source)
     return path
@@ -81,7 +95,7 @@ def write_sentencepiece_tokenizer(folder: Path) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["Hello world, how are you?", "今天天气很好，你好，世界。", "a b c hello world"] * 20),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=310,
+        vocab_size=SENTENCEPIECE,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",

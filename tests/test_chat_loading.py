@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 from chat_factory import EOS, tiny_chat_folder, tiny_torch_folder
-from checkpoint_factory import write_bin, write_gguf
+from checkpoint_factory import config, weights, write_bin, write_gguf
 from safetensors.numpy import load_file, save_file
 
 from aquila_pd.chat.loading import load
 from aquila_pd.checkpoint.convert import convert
 from aquila_pd.errors import CheckpointError, ConfigError
 from aquila_pd.generation import SamplingParams
+from aquila_pd.modeling import AquilaForCausalLM
 
 PARAMS = SamplingParams(max_new_tokens=4, temperature=0)
 
@@ -35,7 +36,7 @@ def test_a_converted_folder_is_ready_to_talk(folder):
     assert len(sequence.tokens) == 4
 
 
-def test_without_a_template_there_are_no_prompts_until_one_is_named(tmp_path):
+def test_without_a_template_there_are_no_prompts_until_one_is_named(tmp_path, monkeypatch):
     folder = tiny_chat_folder(tmp_path / "base", None)
     loaded = load(folder, threads=1)
     assert loaded.prompts is None
@@ -44,6 +45,9 @@ def test_without_a_template_there_are_no_prompts_until_one_is_named(tmp_path):
     assert load(folder, threads=1, template="aquila-v2").require_prompts().name == "aquila-v2"
     with pytest.raises(ConfigError, match="aquila-v1"):
         load(folder, threads=1, template="aquila-v9")
+    monkeypatch.setattr(AquilaForCausalLM, "from_pretrained", lambda *args, **options: pytest.fail("weights are read"))
+    with pytest.raises(ConfigError, match="has no chat template"):
+        load(folder, threads=1, needs_template=True)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "gguf"])
@@ -54,8 +58,6 @@ def test_a_torch_checkpoint_is_sent_to_the_converter(tmp_path, kind):
     elif kind == "bin":
         write_bin(source, {}, {"model.norm.weight": np.ones(2, "float32")})
     else:
-        from checkpoint_factory import config, weights
-
         source = write_gguf(tmp_path / "AquilaChat2-7B.gguf", config(), weights(config()))
     with pytest.raises(CheckpointError) as error:
         load(source, threads=1)
@@ -106,3 +108,15 @@ def test_threads_must_be_some(folder):
 def test_loading_says_nothing(folder, capfd):
     load(folder, threads=1)
     assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_paddlenlp_has_saved_are_loaded_too(folder, tmp_path):
+    """.pdparams, as its Trainer writes them."""
+    before = load(folder, threads=1)
+    other = tmp_path / "pdparams"
+    AquilaForCausalLM.from_pretrained(str(folder)).save_pretrained(str(other), safe_serialization=False)
+    before.tokenizer.save_pretrained(str(other))
+    assert next(other.glob("*.pdparams"))
+    prompt = before.prompts.encode([{"role": "user", "content": "Hello"}])
+    tokens = [one.engine.generate([prompt], PARAMS)[0][0].tokens for one in (before, load(other, threads=1))]
+    assert tokens[0] == tokens[1]

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import paddle
 import pytest
-from chat_factory import tiny_chat_folder
+from chat_factory import tiny_chat_folder, tiny_ziya_folder
 
 from aquila_pd.chat import predict as module
 from aquila_pd.chat.predict import ENGINE, messages_of, predict
@@ -216,7 +216,7 @@ def test_logits_that_are_no_numbers_are_a_named_error_and_the_model_goes_on(pair
 
 def scripted(monkeypatch, tokenizer, text: str) -> None:
     """The model says this text and then eos, whatever its weights are."""
-    ids = [*tokenizer.encode(text)["input_ids"], tokenizer.eos_token_id]
+    ids = [*tokenizer.encode(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     monkeypatch.setattr("aquila_pd.generation.sampling.choose", lambda logits, s: ids[min(len(s.tokens), len(ids) - 1)])
 
 
@@ -277,6 +277,13 @@ def test_typed_special_tokens_are_text(pair, prompts_seen):
         "<|startofpiece|>",
         "<|endofpiece|>",
     ]
+
+
+def test_a_sentencepiece_model_keeps_the_space_between_a_text_and_its_continuation(tmp_path, monkeypatch):
+    model, tokenizer = loaded(tiny_ziya_folder(tmp_path / "Ziya2-13B-Chat"))
+    scripted(monkeypatch, tokenizer, "world 🦄")
+    assert predict(model, "hello", tokenizer, sft=False, max_gen_len=20) == " world 🦄"
+    assert predict(model, "hello", tokenizer, max_gen_len=20) == "world 🦄"  # an answer begins without
 
 
 # ----------------------------------------------------------------------------------------------- the kept engine

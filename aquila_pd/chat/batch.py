@@ -16,7 +16,7 @@ from ..errors import GenerationError
 from ..generation import SamplingParams, Sequence
 from .answer import Answer
 from .loading import Loaded, load
-from .options import add_loading, add_sampling, max_new_tokens, sampling_of
+from .options import add_loading, add_sampling, loading_of, max_new_tokens, sampling_of
 from .rows import Row, RowFile, check_output, encode_rows, in_order, result_of, rows_of_file, rows_of_prompts
 from .screen import visible
 
@@ -63,14 +63,8 @@ def _main(args: argparse.Namespace) -> int:
         check_output(args.output, overwrite=args.overwrite, source=args.file)
     rows = rows_of_file(args.file) if args.file is not None else rows_of_prompts(args.prompt)
     slots = min(args.slots, len(rows))
-    loaded = load(
-        args.folder,
-        dtype=args.dtype,
-        slots=slots,
-        max_length=args.max_length,
-        template=args.template,
-        threads=args.threads,
-    )
+    needs_template = args.chat or any("messages" in row.given for row in rows)
+    loaded = load(args.folder, slots=slots, needs_template=needs_template, **loading_of(args))
     encode_rows(rows, loaded, chat=args.chat)
     batch = Batch(loaded, args, slots=slots)
     if args.output is None and args.file is None:

@@ -41,11 +41,16 @@ class Loaded:
     def require_prompts(self) -> ChatPrompts:
         """The chat template, or a ConfigError that says how to name one."""
         if self.prompts is None:
-            raise ConfigError(
-                f"{self.name} has no chat template: it is a base model, or was converted without one.\n"
-                "Name the one it was tuned with: --template NAME, or `aquila-pd convert --chat-template NAME` for good."
-            )
+            raise no_template(self.name)
         return self.prompts
+
+
+def no_template(name: str) -> ConfigError:
+    """The error for a folder that has no chat template."""
+    return ConfigError(
+        f"{name} has no chat template: it is a base model, or was converted without one.\n"
+        "Name the one it was tuned with: --template NAME, or `aquila-pd convert --chat-template NAME` for good."
+    )
 
 
 def load(
@@ -56,11 +61,13 @@ def load(
     max_length: int | None = None,
     template: str | None = None,
     threads: int | None = None,
+    needs_template: bool = False,
 ) -> Loaded:
     """The model of a converted folder, ready to talk. Turns PaddleNLP's log down to warnings, for the whole process.
 
     dtype: see AquilaForCausalLM.from_pretrained. slots, max_length: see Engine. template: a chat template's name in
     place of the folder's own. threads: of the mathematics; default is one for each core this process may use.
+    needs_template: a folder without chat template is an error, before its weights are read.
     Raises CheckpointError for a folder that is not a converted one, with the command that makes it one; ConfigError,
     TokenizerError and GenerationError for what is in it, or for options that do not fit it.
     """
@@ -72,6 +79,8 @@ def load(
     text_of(tokenizer)  # a tokenizer whose text cannot be streamed is noticed now, not at the first answer
     stop_ids = stop_ids_of(tokenizer, folder)
     has_template = template is not None or tokenizer.chat_template is not None
+    if needs_template and not has_template:
+        raise no_template(folder.resolve().name)
     prompts = ChatPrompts(tokenizer, template, eos_ids=stop_ids) if has_template else None
     model = AquilaForCausalLM.from_pretrained(str(folder), dtype=dtype)
     check_vocabulary(tokenizer, model, folder)

@@ -19,6 +19,11 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="of the mathematics (default: the cores there are)")
 
 
+def loading_of(args: argparse.Namespace) -> dict:
+    """What load() is asked for beside the folder."""
+    return dict(template=args.template, dtype=args.dtype, max_length=args.max_length, threads=args.threads)
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Options of SamplingParams."""
     parser.add_argument(

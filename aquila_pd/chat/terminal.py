@@ -15,7 +15,7 @@ from .answer import Answer
 from .answer import run as run_engine
 from .conversation import Conversation
 from .loading import Loaded, load
-from .options import add_loading, add_sampling, max_new_tokens, sampling_of
+from .options import add_loading, add_sampling, loading_of, max_new_tokens, sampling_of
 from .screen import Screen, is_text, prepare_input
 
 HELP = "Talk to the model of a converted folder. Type /help for what can be done besides."
@@ -57,9 +57,7 @@ def _main(args: argparse.Namespace) -> None:
     prepare_input(screen.interactive)
     if screen.interactive:
         screen.note(f"Loading {args.folder} ...")
-    loaded = load(
-        args.folder, dtype=args.dtype, slots=1, max_length=args.max_length, template=args.template, threads=args.threads
-    )
+    loaded = load(args.folder, slots=1, needs_template=True, **loading_of(args))
     chat = Chat(loaded, screen, args)
     if screen.interactive:
         template, tokens = loaded.require_prompts().name, loaded.engine.max_length
@@ -162,11 +160,11 @@ class Chat:
             self.conversation.add(*turn)
 
     def _save(self, name: str) -> None:
-        self.conversation.save(Path(name))
+        self.conversation.save(Path(name).expanduser())
         self.screen.note(f"Saved as {name}.")
 
     def _load(self, name: str) -> None:
-        self.conversation.load(Path(name))
+        self.conversation.load(Path(name).expanduser())
         self.screen.note(f"{len(self.conversation.messages) // 2} turns loaded.")
 
     def _help(self, rest: str) -> None:
