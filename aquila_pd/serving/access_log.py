@@ -14,6 +14,12 @@ from pathlib import Path
 from ..errors import OutputError, printable
 
 LONGEST_QUEUE = 10_000  # lines
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+
+
+def stderr() -> int:
+    """The descriptor of stderr, or of nothing when the process was started without one."""
+    return sys.__stderr__.fileno() if sys.__stderr__ else os.open(os.devnull, os.O_WRONLY)
 
 
 class Log:
@@ -21,7 +27,7 @@ class Log:
 
     def __init__(self, file: Path | None = None):
         try:
-            self._out = sys.stderr.fileno() if file is None else os.open(file, _APPEND, 0o640)
+            self._out = stderr() if file is None else os.open(file, APPEND, 0o640)
         except OSError as error:
             raise OutputError(f"The log {file} cannot be opened: {error.strerror}. Name another --log-file.") from error
         self.lost = 0
@@ -61,6 +67,3 @@ class Log:
                     data = data[os.write(self._out, data) :]
             except OSError:
                 self.lost += 1
-
-
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC

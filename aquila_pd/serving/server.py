@@ -41,7 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Runs one application until SIGTERM or SIGINT; a second signal does not wait for anything."""
+    """Runs one application until SIGTERM or SIGINT; at a second one it does not wait for running requests."""
 
     def __init__(self, app: FastAPI, service: Service, say: Callable[[str], None]):
         config = uvicorn.Config(
@@ -75,7 +75,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
         self._service.worker.stop()
-        if not self.force_exit and not await self._service.worker.stopped(WORKER_SECONDS):
+        if not await self._service.worker.stopped(WORKER_SECONDS):
             self._service.log.line("The engine is still in a step; it is left behind.")
 
     @contextlib.contextmanager
@@ -90,9 +90,9 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
 
     def leave(self) -> None:
-        """Finish what is running, then end; called again, end at once."""
+        """Finish what is running, then end; called again, running requests are ended instead."""
         if self._leaving is not None:
-            self.should_exit = self.force_exit = True
+            self._service.hurry = True
             return
         self._service.log.line("Stopping: running requests are finished, new ones refused.")
         self._leaving = asyncio.get_running_loop().create_task(self._finish())

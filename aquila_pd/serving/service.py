@@ -61,7 +61,7 @@ class Service:
         self.created = int(time.time())
         self.fingerprint = f"{NAME}-{VERSION}"
         self.running: set[Running] = set()
-        self.stopping = False
+        self.stopping = self.hurry = False  # hurry: no time is given to running requests any more
         self.abort: Callable[[Scope], None] = lambda scope: None  # set by the server: drops a request's connection
         # one thread: the tokenizer is not for several, and a long text must not stop the event loop
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -152,7 +152,7 @@ class Service:
         """Take no new requests, give the running ones `grace` seconds, then end them with an error of their own."""
         self.stopping = True
         end = time.monotonic() + grace
-        while self.running and time.monotonic() < end:
+        while self.running and time.monotonic() < end and not self.hurry:
             await asyncio.sleep(0.02)
         for running in list(self.running):
             running.fail(stopping())
