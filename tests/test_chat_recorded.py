@@ -179,6 +179,21 @@ def test_the_way_back_names_none(tiny, tmp_path, capsys):
         convert(tmp_path / "paddle", tmp_path / "out", framework="torch", chat_template="aquila")
 
 
+def test_a_converted_folder_writes_conversations_without_the_package(tiny, tmp_path):
+    from test_converted_folder import WITHOUT_THE_PACKAGE, run
+
+    convert(named(tiny, tmp_path, "AquilaChat2-7B"), tmp_path / "out", verify="none", say=lambda line: None)
+    talk = [*TALK, {"role": "user", "content": "</s>"}]
+    code = f"""
+from tokenizer_aquila_pd import AquilaTokenizer
+tokenizer = AquilaTokenizer.from_pretrained(path)
+print(tokenizer.template.name, tokenizer.apply_chat_template({talk}, return_dict=False))
+"""
+    name, ids = run(WITHOUT_THE_PACKAGE + code, tmp_path / "out").splitlines()[-1].split(maxsplit=1)
+    tokenizer = AquilaTokenizer.from_pretrained(str(tmp_path / "out"))
+    assert name == "aquila-v1" and json.loads(ids) == tokenizer.apply_chat_template(talk, return_dict=False)
+
+
 # ------------------------------------------------------------------------------------------------- stopped runs
 
 
