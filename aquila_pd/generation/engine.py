@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..errors import GenerationError
+from ..errors import GenerationError, shown_value
 from . import sampling
 from .forward import HEAD_ROWS, Runner
 from .params import SamplingParams
@@ -62,11 +62,6 @@ class Slot:
     ids: list[int] = field(default_factory=list)
     left: int = 0  # the step at which it fell free
 
-    @property
-    def held(self) -> list[int]:
-        """Ids whose keys and values are here."""
-        return self.sequence.ids(0, self.sequence.computed) if self.sequence else self.ids
-
 
 class Engine:
     """Generation on one model.
@@ -92,7 +87,7 @@ class Engine:
     ):
         config = model.config
         self.context_length = context_length(config)
-        self.max_length = max_length or self.context_length
+        self.max_length = self.context_length if max_length is None else max_length
         self.vocab_size = config.vocab_size
         self.prefill_chunk, self.prefix_reuse = prefill_chunk, prefix_reuse
         _check_sizes(slots=slots, max_length=self.max_length, prefill_chunk=prefill_chunk)
@@ -115,8 +110,7 @@ class Engine:
         listener: called with every TokenEvent of theirs, inside `step`; returning True ends that sequence.
         Raises GenerationError for ids the model does not know, PromptTooLong when no room is left for an answer.
         """
-        prompt = [int(i) for i in prompt]
-        self._check(prompt, params)
+        prompt = self._checked(prompt, params)
         numbers = range(self._added, self._added + params.n)
         sequences = [Sequence(i, prompt, params, listener, number=number) for i, number in enumerate(numbers)]
         self._added += params.n
@@ -149,7 +143,8 @@ class Engine:
         error = error or GenerationError("Generation was reset.")
         sequences = [slot.sequence for slot in self._slots if slot.sequence] + list(self._waiting)
         for sequence in sequences:
-            self._finish(sequence, ERROR, error=error)
+            if sequence.finish_reason is None:  # a listener may have cancelled it
+                self._finish(sequence, ERROR, error=error)
         for slot in self._slots:
             slot.ids = []
             self._cache.clear(slot.number)
@@ -160,8 +155,9 @@ class Engine:
     ) -> list[list[Sequence]]:
         """Run prompts to their ends; for each its sequences. A sequence that failed has its `error` set."""
         prompts = list(prompts)
-        each = params if isinstance(params, list) else [params] * len(prompts)
-        made = [self.add(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
+        each = list(zip(prompts, params if isinstance(params, list) else [params] * len(prompts), strict=True))
+        each = [(self._checked(prompt, p), p) for prompt, p in each]  # all of them before one is queued
+        made = [self.add(prompt, p) for prompt, p in each]
         while any(s.finish_reason is None for sequences in made for s in sequences):
             self.step()
         return made
@@ -182,7 +178,12 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------- joining slots
 
-    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+    def _checked(self, prompt: Iterable[int], params: SamplingParams) -> list[int]:
+        """The prompt's ids; raises GenerationError for what the engine cannot run."""
+        prompt = list(prompt)
+        strange = [i for i in prompt if not isinstance(i, int | np.integer) or isinstance(i, bool)]
+        if strange:
+            raise GenerationError(f"A prompt is a list of token ids; {shown_value(strange[0])} is none.")
         wrong = [i for i in {*prompt, *params.stop_ids, *params.logit_bias} if not 0 <= i < self.vocab_size]
         if not prompt:
             raise GenerationError("The prompt is empty: there is no token to continue.")
@@ -196,6 +197,7 @@ class Engine:
             raise PromptTooLong(
                 f"The prompt has {len(prompt):,} tokens; with one for an answer, {self.max_length:,} fit. Shorten it."
             )
+        return [int(i) for i in prompt]
 
     def _admit(self) -> None:
         """Give waiting sequences the free slots, in their order, except those that gain from waiting a little."""
@@ -231,7 +233,7 @@ class Engine:
         if not self._may_reuse(sequence):
             return self._taken(oldest)
         wanted = sequence.prompt[:-1]  # the last token is computed in any case: its logits are
-        shared = {slot.number: common_length(slot.held, wanted) for slot in self._slots}
+        shared = {slot.number: common_length(self._held(slot), wanted) for slot in self._slots}
         donor = max(self._slots, key=lambda slot: shared[slot.number])
         length = shared[donor.number]
         if length < WORTH_REUSING:
@@ -243,6 +245,12 @@ class Engine:
         sequence.computed = sequence.reused = length
         self.stats.reused_tokens += length
         return self._taken(slot)
+
+    def _held(self, slot: Slot) -> list[int]:
+        """Ids whose keys and values are here for others to use: none made with a stretched rotary base."""
+        if slot.sequence is None:
+            return slot.ids
+        return slot.sequence.ids(0, slot.sequence.computed) if len(slot.sequence.prompt) <= self._plain_rope else []
 
     @staticmethod
     def _taken(slot: Slot) -> Slot:
@@ -273,7 +281,9 @@ class Engine:
         self.stats.forward_seconds += time.perf_counter() - begin
         at = len(decoding)
         for sequence, count in chunks:
-            if sequence.params.prompt_logprobs:
+            if not self._runner.finite(hidden[at : at + count]):  # before anybody can start from what it left
+                self._fail_nonfinite(sequence)
+            elif sequence.params.prompt_logprobs:
                 self._score_prompt(sequence, hidden[at : at + count])
             sequence.computed += count
             self.stats.prompt_tokens += count
@@ -375,13 +385,13 @@ class Engine:
         tell: bool = True,
     ) -> None:
         sequence.finish_reason, sequence.error = reason, error
-        self.stats.finished[reason] += 1
         self._release(sequence)
         if tell and sequence.listener is not None:
             try:
                 sequence.listener(TokenEvent(sequence, token, logprob, reason))
             except Exception as failure:
                 sequence.finish_reason, sequence.error = ERROR, error or failure
+        self.stats.finished[sequence.finish_reason] += 1
 
     def _fail_nonfinite(self, sequence: Sequence) -> None:
         self.stats.nonfinite += 1
@@ -427,7 +437,7 @@ def common_length(a: list[int], b: list[int]) -> int:
 
 def nonfinite(sequence: Sequence) -> NonFiniteLogits:
     """The error for logits that are not numbers."""
-    where = f"after {len(sequence.tokens)} tokens of its answer" if sequence.tokens else "at the end of its prompt"
+    where = f"after {len(sequence.tokens)} tokens of an answer" if sequence.tokens else "for a prompt"
     return NonFiniteLogits(
         f"The model gave NaN or infinite logits {where}. A damaged weight or an overflow in half precision does this: "
         "`aquila-pd convert --verify content` finds the first, dtype float32 or bfloat16 cures the second."
@@ -435,6 +445,10 @@ def nonfinite(sequence: Sequence) -> NonFiniteLogits:
 
 
 def _check_sizes(**sizes: int) -> None:
-    wrong = [f"{name} is {value}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
+    wrong = [
+        f"{name} is {value}"
+        for name, value in sizes.items()
+        if not isinstance(value, int) or value is True or value < 1
+    ]
     if wrong:
         raise GenerationError(f"The engine cannot be built: {'; '.join(wrong)}. Each is a whole number from 1.")

@@ -32,6 +32,11 @@ class Runner:
         x = hidden if rows is None else paddle.index_select(hidden, paddle.to_tensor(rows))
         return self.model.logits(x).numpy()
 
+    @staticmethod
+    def finite(hidden) -> bool:
+        """Whether hidden states [T, D] are numbers, and so the keys and values they were made with."""
+        return bool(paddle.isfinite(hidden.astype("float32").sum()))
+
     def _angles(self, spans: list[tuple[int, int, int]]):
         """cos, sin [1, T, 1, H]; with dynamic scaling a function of each segment's own key length."""
         rotary = self.base.rotary

@@ -1,7 +1,6 @@
 """SamplingParams: how the next token is chosen and when a sequence ends. Data and its checks; no framework."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import GenerationError, report, shown_value
@@ -9,6 +8,7 @@ from ..errors import GenerationError, report, shown_value
 STANDARD, AQUILA = "standard", "aquila"
 ORDERS = (STANDARD, AQUILA)
 MAX_SEED = 2**64 - 1
+LARGEST = 1e30  # of a number that meets logits: products and sums of a few of them are finite in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class SamplingParams:
         repetition_penalty: positive logits of tokens seen before (prompt too) are divided by it, negative multiplied.
         presence_penalty, frequency_penalty: taken off the logits of generated tokens, once and for each occurrence.
         logit_bias: token id -> what is added to its logit.
-        stop_ids: drawing one of them ends the sequence; it is the last of its tokens.
+        stop_ids: a collection; drawing one of them ends the sequence, it is the last of its tokens.
         seed: 0 to 2**64 - 1; the same seed gives the same tokens whatever else runs. None: from the system.
         logprobs: None; 0 for the logarithm of each drawn token's probability; k for the k likeliest tokens' too.
             They are of the model's own distribution, before temperature, penalties and filters.
@@ -56,10 +56,12 @@ class SamplingParams:
     order: str = STANDARD
 
     def __post_init__(self) -> None:
-        findings = [line for check in (self._counts, self._numbers, self._ids) for line in check()]
+        if isinstance(self.stop_ids, Iterable) and not isinstance(self.stop_ids, str | bytes):
+            object.__setattr__(self, "stop_ids", tuple(self.stop_ids))  # before a generator is used up
+        findings = [line for check in (self._counts, self._numbers, self._others) for line in check()]
         if findings:
             raise GenerationError(report("These sampling parameters have no meaning:", findings, "Correct them."))
-        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # what was checked does not change any more
 
     @property
     def greedy(self) -> bool:
@@ -73,46 +75,56 @@ class SamplingParams:
 
     def _counts(self) -> list[str]:
         limits = {
-            "max_new_tokens": (0 if self.prompt_logprobs else 1, None),
+            "max_new_tokens": (0 if self.prompt_logprobs is True else 1, None),
             "min_new_tokens": (0, None),
             "top_k": (0, None),
             "n": (1, None),
             **({} if self.logprobs is None else {"logprobs": (0, None)}),
             **({} if self.seed is None else {"seed": (0, MAX_SEED)}),
         }
+        wrong = {name for name, (low, high) in limits.items() if not _is_whole(getattr(self, name), low, high)}
         findings = [
             f"{name} is {shown_value(getattr(self, name))}; a whole number from {low}{f' to {high}' if high else ''}"
             for name, (low, high) in limits.items()
-            if not _is_whole(getattr(self, name), low, high)
+            if name in wrong
         ]
-        if not findings and self.min_new_tokens > self.max_new_tokens:
+        if not wrong & {"min_new_tokens", "max_new_tokens"} and self.min_new_tokens > self.max_new_tokens:
             findings.append(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens {self.max_new_tokens}")
         return findings
 
     def _numbers(self) -> list[str]:
         limits = {
-            "temperature": (0.0, math.inf, "0 (greedy) or more"),
-            "top_p": (1e-9, 1.0, "above 0 and at most 1"),
+            "temperature": (0.0, LARGEST, "0 (greedy) or more"),
+            "top_p": (1e-9, 1.0, "from 1e-9 to 1"),
             "min_p": (0.0, 1.0, "from 0 to 1"),
-            "repetition_penalty": (1e-9, math.inf, "above 0; 1 changes nothing"),
-            "presence_penalty": (-math.inf, math.inf, "a finite number"),
-            "frequency_penalty": (-math.inf, math.inf, "a finite number"),
+            "repetition_penalty": (1e-9, LARGEST, "from 1e-9; 1 changes nothing"),
+            "presence_penalty": (-LARGEST, LARGEST, "a finite number"),
+            "frequency_penalty": (-LARGEST, LARGEST, "a finite number"),
         }
-        findings = [
+        return [
             f"{name} is {shown_value(getattr(self, name))}; {words}"
             for name, (low, high, words) in limits.items()
-            if not (_is_finite(getattr(self, name)) and low <= getattr(self, name) <= high)
+            if not _is_number(getattr(self, name), low, high)
         ]
+
+    def _others(self) -> list[str]:
+        findings = []
+        if not isinstance(self.prompt_logprobs, bool):
+            findings.append(f"prompt_logprobs is {shown_value(self.prompt_logprobs)}; true or false")
         if self.order not in ORDERS:
             findings.append(f"order is {shown_value(self.order)}; one of {', '.join(ORDERS)}")
-        return findings
-
-    def _ids(self) -> list[str]:
-        findings = [f"stop id {shown_value(i)} is not a token id" for i in self.stop_ids if not _is_whole(i, 0, None)]
-        for token, bias in self.logit_bias.items():
-            if not (_is_whole(token, 0, None) and _is_finite(bias)):
-                findings.append(f"logit_bias has {shown_value(token)}: {shown_value(bias)}; token id: finite number")
-        return findings
+        if not isinstance(self.stop_ids, tuple):
+            findings.append(f"stop_ids is {shown_value(self.stop_ids)}; a collection of token ids")
+        else:
+            wrong = [i for i in self.stop_ids if not _is_whole(i, 0, None)]
+            findings += [f"stop id {shown_value(i)} is not a token id" for i in wrong]
+        if not isinstance(self.logit_bias, Mapping):
+            return [*findings, f"logit_bias is {shown_value(self.logit_bias)}; token id: finite number"]
+        return findings + [
+            f"logit_bias has {shown_value(token)}: {shown_value(bias)}; token id: finite number"
+            for token, bias in self.logit_bias.items()
+            if not (_is_whole(token, 0, None) and _is_number(bias, -LARGEST, LARGEST))
+        ]
 
 
 def _is_whole(value: object, low: int, high: int | None) -> bool:
@@ -120,5 +132,6 @@ def _is_whole(value: object, low: int, high: int | None) -> bool:
     return whole and value >= low and (high is None or value <= high)
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object, low: float, high: float) -> bool:
+    """Of Python's kinds; NaN lies between no limits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
