@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=VERSIONS["PYTHON"],
     packages=find_packages(include=["aquila_pd", "aquila_pd.*"]),
-    include_package_data=True,
+    package_data={"aquila_pd.serving": ["page.html"]},
     install_requires=VERSIONS["requirements"](),
     extras_require=VERSIONS["extras"](),
     entry_points={"console_scripts": ["aquila-pd = aquila_pd.cli:main"]},
