@@ -1,6 +1,7 @@
 """What is cancelled, damaged or broken ends alone, and whoever comes next never knows."""
 
 import numpy as np
+import paddle
 import pytest
 from generation_reference import CLOSE, Ear, Reference, expected, greedy, run, set_embedding, some_ids, tiny_model
 
@@ -69,6 +70,14 @@ def test_a_listener_may_cancel_its_own_sequence(model, reference):
     run(engine)
     assert first.finish_reason == "cancelled" and len(first.tokens) == 2 and ear.lasts == ["cancelled"]
     assert second.tokens == expected(reference, second.prompt, 4)
+
+
+def test_cancelling_in_the_last_event_comes_too_late(model):
+    engine = Engine(model)
+    ear = Ear(lambda e: engine.cancel(e.sequence) if e.finish_reason else None)
+    (sequence,) = engine.add(some_ids(12), greedy(3), ear)
+    run(engine)
+    assert sequence.finish_reason == "length" and ear.lasts == ["length"] and engine.stats.finished == {"length": 1}
 
 
 @pytest.mark.parametrize("victim", [0, 2, 4], ids=["served before it", "served after it", "still waiting"])
@@ -143,21 +152,24 @@ def test_the_next_user_of_the_slot_is_untouched(damaged, reference):
             assert engine.generate([prompt], greedy(6))[0][0].tokens == clean_answer(reference, prompt, 6)
 
 
-@pytest.mark.xfail(strict=True, reason="a slot given up before its logits were looked at keeps its NaN keys")
+@pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("end", ["between steps", "by a neighbour's listener"])
-def test_the_next_user_of_a_slot_is_untouched_by_a_damaged_prompt_that_was_cancelled(damaged, reference, end):
-    """Half of the prompt is read, so that nobody has looked at any logits yet."""
-    engine = Engine(damaged, slots=2, prefill_chunk=16)
+def test_the_next_user_of_a_slot_is_untouched_by_a_damaged_prompt_that_was_cancelled(damaged, reference, end, steps):
+    """Before, with and after the chunk that holds the damaged token; nobody has asked for a token yet."""
+    engine, between = Engine(damaged, slots=2, prefill_chunk=16), end == "between steps"
     prompt = [*clean_ids(20), BAD, *clean_ids(40)]
+
+    def give_up(event):
+        if not between and len(event.sequence.tokens) == steps:
+            engine.cancel(bad)
+
+    engine.add(clean_ids(3), greedy(4), give_up)  # came first, is read first: a token in each step
     (bad,) = engine.add(prompt, greedy(4))
-    by_neighbour = end != "between steps"
-    engine.add(clean_ids(3), greedy(4), lambda e: engine.cancel(bad) if by_neighbour else None)
-    for _ in range(2):
+    for _ in range(steps):
         engine.step()
-    if not by_neighbour:
-        engine.cancel(bad)
+    engine.cancel(bad)
     run(engine)
-    assert bad.finish_reason == "cancelled" and bad.computed > 20
+    assert bad.finish_reason in ("cancelled", "error") and bad.tokens == []
     for again in (clean_ids(4, seed=2), clean_ids(5, seed=2), prompt[:20] + clean_ids(3, seed=5)):
         (sequence,) = engine.generate([again], greedy(6))[0]
         assert sequence.error is None, sequence.error
@@ -182,6 +194,51 @@ def test_a_damaged_token_that_is_drawn_ends_the_answer_after_it(reference):
     assert bad not in expected(reference, [1, 2, 3], 12) and other.tokens == expected(reference, [1, 2, 3], 12)
 
 
+@pytest.mark.xfail(strict=True, reason="a slot given up before its logits were looked at keeps its NaN keys")
+def test_the_next_user_of_a_slot_is_untouched_by_an_answer_cancelled_in_the_step_that_damaged_it(reference):
+    prompt, other = some_ids(30), some_ids(9, seed=4)
+    tokens = expected(reference, prompt, 12)
+    bad = tokens[4]
+    first = tokens.index(bad)
+    model = tiny_model()
+    set_embedding(model, bad, np.nan)
+    engine = Engine(model, slots=2)
+    # served first, it cancels its neighbour when that one's NaN logits are there and not looked at
+    engine.add(other, greedy(12), lambda e: engine.cancel(victim) if len(e.sequence.tokens) == first + 2 else None)
+    (victim,) = engine.add(prompt, greedy(12))
+    run(engine)
+    assert victim.finish_reason == "cancelled" and victim.tokens[-1] == bad
+    for seed in (6, 7):
+        again = some_ids(5, seed, but=(bad,))
+        wanted = expected(reference, again, 4)
+        assert bad not in wanted[:-1]
+        (sequence,) = engine.generate([again], greedy(4))[0]
+        assert sequence.error is None and sequence.tokens == wanted
+
+
+@pytest.mark.xfail(strict=True, reason="a sequence that a listener has cancelled in this pass is failed once more")
+@pytest.mark.parametrize("scored", [False, True], ids=["asked", "scored"])
+def test_damaged_siblings_of_one_pass_end_once_each_though_one_gives_up_the_others(damaged, reference, scored):
+    engine, sequences = Engine(damaged, slots=3), []
+
+    def give_up(event):
+        if event.finish_reason == "error":
+            for sequence in sequences:
+                engine.cancel(sequence)
+
+    ears = [Ear(give_up) for _ in range(3)]
+    for i, ear in enumerate(ears):
+        prompt = [*clean_ids(4 + i), BAD, *clean_ids(3)]
+        sequences += engine.add(prompt, greedy(3, prompt_logprobs=scored), ear)
+    run(engine)
+    assert sorted(s.finish_reason for s in sequences) == ["cancelled", "cancelled", "error"]
+    assert [ear.lasts for ear in ears] == [[s.finish_reason] for s in sequences]
+    assert engine.stats.finished == {"error": 1, "cancelled": 2} and engine.stats.nonfinite == 1
+    later = engine.generate([clean_ids(2, seed) for seed in range(3)], greedy(4))
+    for (sequence,) in later:
+        assert sequence.error is None and sequence.tokens == clean_answer(reference, sequence.prompt, 4)
+
+
 def test_a_score_that_meets_the_damaged_token_ends_there(damaged, reference):
     engine, ear = Engine(damaged, slots=2, prefill_chunk=16), Ear()
     prompt = [*clean_ids(30), BAD, *clean_ids(30)]
@@ -200,29 +257,27 @@ def test_a_score_that_meets_the_damaged_token_ends_there(damaged, reference):
     )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what was read in one chunk with the damaged token is NaN, before it too, and copied"
-)
-def test_a_prefix_shared_with_a_damaged_prompt_is_as_good_as_any(damaged, reference):
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4])
+def test_a_prompt_that_begins_like_a_damaged_one_is_untouched(damaged, reference, steps):
+    """Whenever it comes: what was read in one chunk with the damaged token is NaN before it too."""
     base = clean_ids(30)
     engine = Engine(damaged, slots=3, prefill_chunk=16)
     (bad,) = engine.add([*base, BAD, *clean_ids(40)], greedy(4))
-    for _ in range(3):
+    for _ in range(steps):
         engine.step()
-    (good,) = engine.add(base + clean_ids(6, seed=4), greedy(6))
-    engine.step()
-    assert good.reused == 30 and bad.finish_reason is None, "it was to be copied from a prompt still being read"
+    good = [engine.add(base + clean_ids(6, seed), greedy(6))[0] for seed in (4, 5)]
     run(engine)
-    assert good.tokens == clean_answer(reference, good.prompt, 6) and bad.finish_reason == "error"
+    for sequence in good:
+        assert sequence.error is None and sequence.tokens == clean_answer(reference, sequence.prompt, 6)
+    assert bad.finish_reason == "error" and engine.stats.nonfinite == 1
 
 
 # ----------------------------------------------------------------------------------------------------- reset
 
 
-def broken(model, monkeypatch, after: int) -> RuntimeError:
+def broken(model, monkeypatch, after: int, trouble: BaseException) -> None:
     """Make the second layer of the model raise in its `after`th call."""
-    trouble, calls = RuntimeError("out of memory"), []
-    layer = model.aquila.layers[1]
+    calls, layer = [], model.aquila.layers[1]
     forward = layer.forward
 
     def failing(*args, **kwargs):
@@ -232,13 +287,13 @@ def broken(model, monkeypatch, after: int) -> RuntimeError:
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(layer, "forward", failing)
-    return trouble
 
 
 def test_after_a_failed_step_reset_ends_everything_and_the_engine_works(reference, monkeypatch):
     model = tiny_model()
     engine, ears = Engine(model, slots=2, prefill_chunk=16), [Ear() for _ in range(4)]
-    trouble = broken(model, monkeypatch, after=4)
+    trouble = RuntimeError("out of memory")
+    broken(model, monkeypatch, 4, trouble)
     sequences = [engine.add(some_ids(20 + i), greedy(9), ear)[0] for i, ear in enumerate(ears)]
     with pytest.raises(RuntimeError, match="out of memory"):
         run(engine)
@@ -251,6 +306,52 @@ def test_after_a_failed_step_reset_ends_everything_and_the_engine_works(referenc
         (again,) = engine.generate([sequence.prompt], greedy(9))[0]
         assert again.tokens == expected(reference, sequence.prompt, 9) and again.error is None
     assert [s.finish_reason for s in sequences] == ["error"] * 4
+
+
+HALF_GROWN = pytest.mark.xfail(
+    strict=True, reason="some buffers grew and `capacity` did not: no step works, reset or not"
+)
+
+
+@pytest.mark.parametrize("fails_at", [1, *(pytest.param(n, marks=HALF_GROWN) for n in (2, 3, 4)), 5])
+def test_after_memory_ran_out_while_the_cache_grew_the_engine_works(model, reference, monkeypatch, fails_at):
+    """Growing takes a new buffer for the keys and the values of each of two layers."""
+    engine, calls, zeros = Engine(model, slots=2, max_length=700), [], paddle.zeros
+
+    def scarce(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise MemoryError("no room")
+        return zeros(*args, **kwargs)
+
+    (small,) = engine.add(some_ids(20), greedy(9))
+    engine.step()
+    (large,) = engine.add(some_ids(400), greedy(3))
+    with monkeypatch.context() as patched:
+        patched.setattr(paddle, "zeros", scarce)
+        try:
+            run(engine)
+        except MemoryError as error:
+            engine.reset(error)
+    assert (small.error is None) == (large.error is None) == (len(calls) < fails_at)
+    for prompt in (some_ids(20), some_ids(400), some_ids(600)):
+        (again,) = engine.generate([prompt], greedy(3))[0]
+        assert again.tokens == expected(reference, prompt, 3)
+
+
+@pytest.mark.parametrize("after", range(1, 10))
+def test_an_interrupt_anywhere_in_a_stream_leaves_an_engine_that_answers_right(reference, monkeypatch, after):
+    """Ctrl-C stops the answer and not the program: the stream closes, the next turn begins like this one."""
+    model = tiny_model()
+    engine, prompt = Engine(model, slots=2, prefill_chunk=20), some_ids(50)
+    with monkeypatch.context() as patched:
+        broken(model, patched, after, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.stream(prompt, greedy(30)))
+    assert engine.stats.finished == {"cancelled": 1} and not engine.step()
+    following = prompt + expected(reference, prompt, after)[: after // 2] + some_ids(7)
+    (sequence,) = engine.generate([following], greedy(6))[0]
+    assert sequence.tokens == expected(reference, following, 6)
 
 
 def test_reset_without_a_reason_gives_a_named_one_and_forgets_what_slots_held(model):
@@ -269,7 +370,6 @@ def test_reset_of_an_idle_engine_is_nothing(model):
     assert engine.stats.finished == {} and not engine.step()
 
 
-@pytest.mark.xfail(strict=True, reason="reset() ends again what a listener has cancelled: ValueError, slots stay taken")
 def test_reset_tells_each_listener_once_though_one_cancels_its_siblings(model):
     """What a server does that gives up a whole request when one of its n sequences fails."""
     engine, sequences = Engine(model, slots=2), []

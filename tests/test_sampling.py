@@ -14,9 +14,6 @@ from aquila_pd.generation import SamplingParams, Sequence, sampling
 
 ALMOST_ONE = np.nextafter(1.0, 0.0)
 FLOAT32 = 2e-6  # weights are float32, the references' float64: absolute, of probabilities
-INFINITE_IN_FLOAT32 = pytest.mark.xfail(
-    strict=True, reason="finite as Python's float, infinite as float32: NaN weights"
-)
 NOTHING = 1e-35  # float32 has no smaller numbers to speak of
 
 
@@ -268,9 +265,7 @@ def test_the_sharpest_temperature_is_greedy_and_the_hottest_is_flat():
     np.testing.assert_allclose(ours(logits, SamplingParams(temperature=1e20)), 1 / 300, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "temperature", [1e20, 1e38, *(pytest.param(t, marks=INFINITE_IN_FLOAT32) for t in (1e39, 1e300))]
-)
+@pytest.mark.parametrize("temperature", [1e20, 1e38, 1e39, 1e300])
 def test_a_banned_token_stays_banned_at_any_temperature(temperature):
     params = unless_refused(temperature=temperature)
     if params is not None:
@@ -357,7 +352,6 @@ HUGE = {
 }
 
 
-@INFINITE_IN_FLOAT32
 @pytest.mark.parametrize("fields", HUGE.values(), ids=HUGE)
 def test_an_encouragement_beyond_float32_wins_and_does_not_poison_the_row(fields):
     for temperature in (0, 1.0):
@@ -372,7 +366,6 @@ def test_a_discouragement_beyond_float32_forbids():
     assert params is None or sampling.choose(row_of("ordinary", 70, seed=1), sequence_of(params)) == 69
 
 
-@INFINITE_IN_FLOAT32
 def test_a_repetition_penalty_beyond_float32_does_not_make_nan_of_a_zero_logit():
     for temperature in (0, 1.0):
         params = unless_refused(repetition_penalty=1e39, temperature=temperature, seed=1)
