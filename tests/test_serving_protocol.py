@@ -196,6 +196,7 @@ def test_a_negative_seed_and_top_p_zero_are_taken(server, monkeypatch):
         ({"n": 1.5}, "n", "invalid_value"),
         ({"stop": [""]}, "stop[0]", "invalid_value"),
         ({"stop": ["x"] * 17}, "stop", "invalid_value"),
+        ({"stop": "x" * 501}, "stop[0]", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": -1}, "max_tokens", "invalid_value"),
         ({"max_tokens": 4, "max_completion_tokens": 4}, "max_tokens", "invalid_value"),

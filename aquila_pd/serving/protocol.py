@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 # More of these are not looked at one by one: a small body could otherwise ask for a huge list of what is wrong with it.
 MOST_PARAMETERS = 100
 MOST_STOPS = 16
+LONGEST_STOP = 500  # characters; each token of an answer is compared with its beginnings
 MOST_PROMPTS = 2048
 MOST_MESSAGES = 4096
 MOST_BIASES = 4096
@@ -81,7 +82,9 @@ def as_list(value: object) -> object:
 
 
 Content = Annotated[str, BeforeValidator(joined_text)]
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], at_most(MOST_STOPS), BeforeValidator(as_list)]
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]], at_most(MOST_STOPS), BeforeValidator(as_list)
+]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 NO_TOOLS = "this server calls no tools"

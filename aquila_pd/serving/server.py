@@ -17,7 +17,7 @@ from .service import Service
 
 WORKER_SECONDS = 30.0  # for the step the engine is in, when the server stops
 CONNECTION_SECONDS = 5  # for answers that are written, until connections are cut
-MOST_CONNECTIONS = 1024
+MOST_CONNECTIONS = 512  # open files are often limited to 1024
 
 
 class ServerError(AquilaError):
