@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := $(VENV)/.demo
+NODE := $(VENV)/.node
+OPENAI_NPM := 7.57.0
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST_ARGS ?=
 VOCAB ?= ../shared/tokenizer
@@ -29,7 +31,7 @@ $(STAMP): setup.py pyproject.toml aquila_pd/versions.py requirements/tested.txt
 	@touch $@
 	@echo "Installed: $$($(BIN)/python -V), $$($(BIN)/python -m pip list 2>/dev/null | tail -n +3 | wc -l) packages."
 
-test: $(DEMO)
+test: $(DEMO) $(NODE)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: lint
@@ -45,6 +47,13 @@ format: $(STAMP)
 
 $(DEMO): requirements/demo.txt $(STAMP)
 	@$(PIP) --no-deps -r requirements/demo.txt
+	@touch $@
+
+# OpenAI's JavaScript client, for one test of the server; without npm, or without a network, that test is skipped.
+$(NODE): $(STAMP)
+	@if command -v npm > /dev/null; then \
+	  npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@$(OPENAI_NPM) || \
+	  echo "npm could not install openai: its test is skipped."; fi
 	@touch $@
 
 demo: $(DEMO)
