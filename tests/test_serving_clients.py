@@ -3,6 +3,10 @@
 import asyncio
 import json
 import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import chat_factory
 import numpy as np
@@ -11,6 +15,7 @@ from serving_factory import chat_body, running, sse, wait_for
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
 
 MESSAGES = [{"role": "user", "content": "你好, please introduce yourself."}]
 
@@ -309,3 +314,42 @@ def test_a_sentencepiece_model_is_served_too(tmp_path):
         ]
         assert choice["text"].startswith("hello 你好 🙂")
         assert "bytes:\\xf0" in choice["logprobs"]["tokens"], "the emoji is no piece: it goes by bytes"
+
+
+# ---------------------------------------------------------------------------------------------- docs/serving.md
+
+
+def snippets(language: str) -> list[str]:
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_snippets_of_the_documentation_run(server, capsys):
+    (program,) = snippets("python")
+    program = program.replace("http://127.0.0.1:8000", server.url).replace("AquilaChat2-34B-PD", "tiny")
+    exec(compile(program, "docs/serving.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+    (curl,) = (block for block in snippets("bash") if block.startswith("curl"))
+    if shutil.which("curl"):
+        done = subprocess.run(
+            ["bash", "-c", curl.replace("http://127.0.0.1:8000", server.url)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert sse(done.stdout)[-1] == "[DONE]", done
+
+
+def test_the_documentation_names_every_option_and_every_parameter(server):
+    from aquila_pd.serving.command import parser
+    from aquila_pd.serving.protocol import ChatRequest, CompletionRequest, SeedRequest
+
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    options = {option for action in parser()._actions for option in action.option_strings if option.startswith("--")}
+    assert {option for option in options - {"--help"} if f"`{option}`" not in text} == set()
+    refused = {name for model in (ChatRequest, CompletionRequest) for name, field in model.model_fields.items()
+               if (field.description or "").startswith("Not supported")}  # fmt: skip
+    names = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *SeedRequest.model_fields} - refused
+    assert {name for name in names if f"`{name}" not in text} == set()
+    routes = {route.path.replace("{model:path}", "NAME") for route in server.server.config.app.routes}
+    assert {path for path in routes if path not in text} == set()
