@@ -185,32 +185,6 @@ def test_a_biased_token_is_drawn_and_a_banned_one_never(client, loaded):
     assert text not in banned.choices[0].logprobs.tokens
 
 
-# ---------------------------------------------------------------------------------------------- the npm package
-
-
-def test_the_npm_package_gets_the_same_answers(server, client):
-    node = shutil.which("node")
-    if not node or subprocess.run([node, "-e", "require.resolve('openai')"], capture_output=True).returncode:
-        pytest.skip("no node with the package openai; npm install openai, and set NODE_PATH to its node_modules")
-    script = str(ROOT / "tests" / "openai_client.cjs")
-    done = subprocess.run([node, script, server.url, "tiny"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    asked = dict(model="tiny", messages=[{"role": "user", "content": "你好"}], temperature=0, max_tokens=12)
-    expected = client.chat.completions.create(**asked)
-    assert found["whole"] == found["streamed"] == expected.choices[0].message.content
-    assert found["usage"] == found["streamedUsage"] == expected.usage.completion_tokens
-    assert found["reason"] == expected.choices[0].finish_reason and found["models"] == ["tiny"]
-    assert found["tokens"] <= 4
-    assert found["error"] == {
-        "kind": "BadRequestError",
-        "status": 400,
-        "code": "unsupported_parameter",
-        "param": "tools",
-    }
-    wait_for(server.quiet)
-
-
 # -------------------------------------------------------------------------------------------------------- lm_eval
 
 

@@ -142,6 +142,8 @@ def test_a_log_that_nobody_reads_does_not_stop_anything():
         log.line(f"line {i} " + "x" * 50)
     assert log.lost > 0
     os.close(reading)
+    log.close()
+    wait_for(lambda: not log._thread.is_alive())  # before its descriptor may become another file's
     os.close(writing)
 
 

@@ -474,6 +474,24 @@ def test_the_seeds_service_has_history_and_drops_the_oldest_turns(server, monkey
     assert (params.temperature, params.top_k, params.top_p, params.seed) == (1.0, 15, 0.9, 123)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x", "max_gen_len": 256}, "max_gen_len"),
+        ({"prompt": "x" * 2000}, "prompt"),
+        ({"prompt": "x", "history": [["a"]]}, "history[0]"),
+        ({"prompt": "x", "history": [["a", "b"]], "sft": False}, "history"),
+        ({"prompt": "x", "topp": 1}, "topp"),
+    ],
+    ids=str,
+)
+def test_wrong_requests_to_the_seeds_service_are_named(server, wrong, param):
+    response = server.client.post("/", json={"sft": "history" in wrong and "sft" not in wrong, **wrong})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), error
+
+
 def test_the_seeds_service_says_what_a_nan_means(server):
     response = server.client.post("/", json={"prompt": "nan<2>"})
     assert response.status_code == response.json()["status"] == 500

@@ -1,5 +1,6 @@
 """Around every request: its id, its log line, its headers, and an error in words whatever happens inside."""
 
+import asyncio
 import secrets
 
 from starlette.datastructures import MutableHeaders
@@ -47,6 +48,7 @@ class Frame:
         except ClientGone:
             status = CLIENT_GONE
             self._service.abort(scope)
+            await asyncio.sleep(0)  # uvicorn learns of it in the next turn of the loop, and then has no complaints
         except Exception as error:
             self._service.log.exception(record.request_id, error)
             record.outcome = "internal_error"

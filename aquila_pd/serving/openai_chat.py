@@ -37,7 +37,7 @@ async def plan(service: Service, asked: ChatRequest) -> Wanted:
     if asked.max_tokens == 0:
         raise invalid("`max_tokens`: an answer has at least 1 token.", param="max_tokens")
     messages = [message.plain() for message in asked.messages]
-    ids = await service.off_loop(prompts.encode, messages)
+    ids = await service.off_loop("messages", prompts.encode, messages)
     limit = asked.max_completion_tokens or asked.max_tokens
     params = sampling_params(
         asked,

@@ -32,7 +32,7 @@ async def plan(service: Service, asked: CompletionRequest) -> tuple[Wanted, list
     at_most(len(asked.prompt) * (asked.n or 1), service.settings.most_sequences)
     if asked.max_tokens == 0 and not asked.echo:
         raise invalid("`max_tokens`: 0 asks for nothing, unless echo is true.", param="max_tokens")
-    prompts = [await service.off_loop(service.ids_of, p) if isinstance(p, str) else p for p in asked.prompt]
+    prompts = [await service.off_loop("prompt", service.ids_of, p) if isinstance(p, str) else p for p in asked.prompt]
     for i, ids in enumerate(prompts):
         if not ids:
             raise invalid(f"`prompt`: prompt {i} is empty; there is no token to continue.", param="prompt")
@@ -53,7 +53,9 @@ async def plan(service: Service, asked: CompletionRequest) -> tuple[Wanted, list
     )
     echoes = []
     if asked.echo:
-        echoes = [p if isinstance(p, str) else await service.off_loop(service.text_of, p) for p in asked.prompt]
+        echoes = [
+            p if isinstance(p, str) else await service.off_loop("prompt", service.text_of, p) for p in asked.prompt
+        ]
     return Wanted(prompts, params, tuple(asked.stop or ())), echoes
 
 

@@ -49,6 +49,10 @@ class Running:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Out of the engine, the count and the clock. error: what ended it early, if anything did."""
         self._watch.cancel()
         self._timer.cancel()
         self._worker.cancel(self.job)

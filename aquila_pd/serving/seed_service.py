@@ -5,8 +5,9 @@ import time
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..chat.predict import messages_of
 from ..generation import SamplingParams
-from .api_errors import ApiError
+from .api_errors import ApiError, context_length, invalid
 from .protocol import SeedRequest
 from .sampling import room
 from .service import Service, Wanted
@@ -30,22 +31,22 @@ def said(response: str, status: int) -> dict:
 
 async def plan(service: Service, asked: SeedRequest) -> Wanted:
     """sft: the prompt is a turn of a chat, else a text to be continued. History that is too long loses its oldest."""
+    limit = service.engine.max_length
+    if asked.max_gen_len >= limit:
+        raise context_length(0, asked.max_gen_len, limit, param="max_gen_len")
     if asked.sft:
         prompts = service.require_prompts()
-        turns = [*(asked.history or ()), [asked.prompt, ""]]
-        messages = [
-            {"role": role, "content": text}
-            for turn in turns
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ][:-1]
-        longest = service.engine.max_length - asked.max_gen_len
-        messages, _ = await service.off_loop(prompts.fit, messages, longest)
-        ids = await service.off_loop(prompts.encode, messages)
+        messages = messages_of(asked.history or (), asked.prompt)
+        messages, _ = await service.off_loop("prompt", prompts.fit, messages, limit - asked.max_gen_len)
+        ids = await service.off_loop("prompt", prompts.encode, messages)
         stop, stop_ids = tuple(prompts.stop_strings), (*prompts.stop_ids, *service.stop_ids)
     else:
-        ids, stop = await service.off_loop(service.ids_of, asked.prompt), ()
-        stop_ids = service.stop_ids
-    limit = service.engine.max_length
+        if asked.history:
+            raise invalid("`history` belongs to a chat: leave sft true, or put it into the prompt.", param="history")
+        ids = await service.off_loop("prompt", service.ids_of, asked.prompt)
+        stop, stop_ids = (), service.stop_ids
+    if not ids:
+        raise invalid("`prompt` is empty; there is no token to continue.", param="prompt")
     params = SamplingParams(
         max_new_tokens=room(asked.max_gen_len, None, len(ids), limit, param="prompt"),
         temperature=asked.temperature,

@@ -106,7 +106,7 @@ class UvicornLog(logging.Handler):
     """What uvicorn itself has to say, in our log."""
 
     def __init__(self, service: Service):
-        super().__init__(logging.ERROR)
+        super().__init__(logging.WARNING)
         self._service = service
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -68,13 +68,13 @@ class Service:
 
     # -------------------------------------------------------------------------------------------- text and ids
 
-    async def off_loop(self, function: Callable, *arguments: object):
-        """Call a function of the tokenizer or of the prompts in their thread; what they refuse is the client's."""
+    async def off_loop(self, param: str, function: Callable, *arguments: object):
+        """Call a function of the tokenizer or of the prompts in their thread; what they refuse is `param`'s fault."""
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._tokenizing, function, *arguments)
         except AquilaError as error:
-            raise invalid(str(error)) from error
+            raise invalid(str(error), param=param) from error
 
     def ids_of(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a raw text; special tokens spelled in it are special tokens."""

@@ -43,11 +43,13 @@ async def answered(reply: Reply, running: Running, *, stream: bool, stall_timeou
     """The response to a running request, whole or as a stream. An error before the first token is no stream yet."""
     if not stream:
         with running:
-            return Json(reply.whole(await running.whole()))
+            pieces = await running.whole()
+            # log-probabilities of long texts are megabytes of JSON; other requests' events do not wait for them
+            return await asyncio.to_thread(lambda: Json(reply.whole(pieces)))
     try:
         await running.begun()
     except BaseException as error:
-        running.__exit__(type(error), error, None)
+        running.close(error)
         raise
     return EventStream(reply.chunks(), running, stall_timeout=stall_timeout)
 

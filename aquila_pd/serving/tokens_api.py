@@ -14,10 +14,10 @@ async def tokenize(service: Service, asked: TokenizeRequest) -> dict:
         raise invalid("Send either `prompt` or `messages`.", param="prompt")
     if asked.messages is not None:
         messages = [message.plain() for message in asked.messages]
-        ids = await service.off_loop(service.require_prompts().encode, messages)
+        ids = await service.off_loop("messages", service.require_prompts().encode, messages)
     else:
         special = asked.add_special_tokens is not False
-        ids = await service.off_loop(lambda: service.ids_of(asked.prompt, add_special_tokens=special))
+        ids = await service.off_loop("prompt", lambda: service.ids_of(asked.prompt, add_special_tokens=special))
     found = {"count": len(ids), "max_model_len": service.engine.max_length, "tokens": ids}
     if asked.return_token_strs:
         found["token_strs"] = [service.vocabulary.text_of(i) for i in ids]
@@ -27,7 +27,7 @@ async def tokenize(service: Service, asked: TokenizeRequest) -> dict:
 async def detokenize(service: Service, asked: DetokenizeRequest) -> dict:
     """The text of ids, special tokens included."""
     service.require_model(asked.model)
-    return {"prompt": await service.off_loop(service.text_of, asked.tokens)}
+    return {"prompt": await service.off_loop("tokens", service.text_of, asked.tokens)}
 
 
 def tokenizer_info(service: Service) -> dict:
