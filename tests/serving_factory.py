@@ -142,3 +142,24 @@ def sse(text: str) -> list:
     assert rest == "" and all(event.startswith("data: ") and "\n" not in event for event in events), text
     values = [event.removeprefix("data: ") for event in events]
     return [value if value == "[DONE]" else json.loads(value) for value in values]
+
+
+def error_of(response, status: int = 400) -> dict:
+    """The error of an answer, which has to have this status and OpenAI's four keys."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+def spied(server, monkeypatch) -> list[tuple]:
+    """(prompt, params) of everything that is given to the engine from now on."""
+    seen = []
+    add = server.service.engine.add
+
+    def noted(prompt, params, listener):
+        seen.append((list(prompt), params))
+        return add(prompt, params, listener)
+
+    monkeypatch.setattr(server.service.engine, "add", noted)
+    return seen
