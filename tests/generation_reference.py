@@ -10,7 +10,8 @@ import numpy as np
 import paddle
 
 from aquila_pd import AquilaConfig, AquilaForCausalLM
-from aquila_pd.generation import Engine, SamplingParams, TokenEvent
+from aquila_pd.errors import GenerationError
+from aquila_pd.generation import Engine, SamplingParams, Sequence, TokenEvent
 
 # Sizes all different, grouped heads, no multiple of 64 anywhere.
 BASE = dict(
@@ -202,6 +203,40 @@ def _top_p(x: np.ndarray, top_p: float) -> np.ndarray:
 def forward_logits(model, ids: list[int]) -> np.ndarray:
     """The model's own logits [T, V] of one sequence, without a cache."""
     return model(paddle.to_tensor([ids]), use_cache=False, return_dict=True).logits[0].numpy()
+
+
+# Logits of every kind: rng, V -> [V].
+ROWS = {
+    "ordinary": lambda rng, V: rng.normal(0, 3, V),
+    "nearly flat": lambda rng, V: rng.normal(0, 1e-3, V),
+    "steep": lambda rng, V: rng.normal(0, 40, V),
+    "one huge": lambda rng, V: np.where(np.arange(V) == V // 3, 3e4, rng.normal(0, 2, V)),
+    "large offset": lambda rng, V: 1e4 + rng.normal(0, 3, V).astype(np.float32).astype(np.float64),
+    "mostly banned": lambda rng, V: np.where(rng.random(V) < 0.8, -np.inf, rng.normal(0, 3, V)),
+    "one allowed": lambda rng, V: np.where(np.arange(V) == V - 1, -5.0, -np.inf),
+    "ties": lambda rng, V: rng.integers(-3, 3, V).astype(np.float64),
+    "all equal": lambda rng, V: np.full(V, 1.25),
+}
+
+
+def row_of(kind: str, V: int, seed: int) -> np.ndarray:
+    row = ROWS[kind](np.random.default_rng(seed), V).astype(np.float32)
+    if not np.isfinite(row).any():
+        row[0] = 0.0
+    return row
+
+
+def unless_refused(**fields) -> SamplingParams | None:
+    """For values far beyond float32: refusing them by name is as good as taking them for what they say."""
+    try:
+        return SamplingParams(**fields)
+    except GenerationError as refused:
+        assert any(name in str(refused) for name in fields)
+        return None
+
+
+def sequence_of(params: SamplingParams, prompt=(1,), tokens=()) -> Sequence:
+    return Sequence(0, list(prompt), params, tokens=list(tokens))
 
 
 # ----------------------------------------------------------------------------------- around an engine
