@@ -354,6 +354,19 @@ def test_an_interrupt_anywhere_in_a_stream_leaves_an_engine_that_answers_right(r
     assert sequence.tokens == expected(reference, following, 6)
 
 
+@pytest.mark.xfail(strict=True, reason="they stay in their slots and are continued by whoever steps next")
+def test_a_generate_that_is_interrupted_leaves_nothing_running(reference, monkeypatch):
+    """As a stream that is interrupted does."""
+    model = tiny_model()
+    engine, prompts = Engine(model, slots=2), [some_ids(9), some_ids(10), some_ids(11)]
+    with monkeypatch.context() as patched:
+        broken(model, patched, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(prompts, greedy(30))
+    assert (engine.stats.running, engine.stats.waiting) == (0, 0) and not engine.step()
+    assert engine.stats.finished == {"cancelled": 3}
+
+
 def test_reset_without_a_reason_gives_a_named_one_and_forgets_what_slots_held(model):
     engine = Engine(model)
     (done,) = engine.generate([some_ids(40)], greedy(2))[0]
