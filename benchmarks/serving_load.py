@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Awaitable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ SERVE = "import sys; from aquila_pd.serving.command import main; sys.exit(main(s
 WORDS = "the quick brown fox jumps over 今天 天气 很好 你好 please introduce yourself 北京 🙂".split()  # noqa: SIM905
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HANGS_UP, IS_WRONG = 0.1, 0.1  # shares of the requests
-GROWTH = 1.03  # of memory from the second quarter of the run to the last: the first warms up
+GROWTH = 1.03  # of memory from the second quarter of the run to the last: the first may still warm up
 SLACK_MB = 16.0
 WRONG = (  # (path, body, status)
     (CHAT, {"messages": []}, 400),
@@ -76,6 +77,7 @@ class Phase:
     answers: list[Answer] = field(default_factory=list)
     done: list[Asked] = field(default_factory=list)  # good requests that were answered to the end
     seconds: float = 0.0
+    engine: dict[str, float] = field(default_factory=dict)  # the server's own counts, of this phase
 
     def tokens(self) -> tuple[int, int]:
         return sum(a.prompt_tokens for a in self.answers), sum(a.new_tokens for a in self.answers)
@@ -205,6 +207,26 @@ async def queue_of_one(url: str, requests: list[Asked], seconds: float) -> Phase
     return phase
 
 
+async def warm_up(client: httpx.AsyncClient, slots: int, longest: int) -> None:
+    """One long prompt in every slot: the cache of keys and values has its full size before memory is watched."""
+    body = {"prompt": [5] * (longest - 8), "n": slots, "max_tokens": 8, "logit_bias": {"6": 100}}
+    (await client.post(COMPLETIONS, json=body)).raise_for_status()
+
+
+async def counts(client: httpx.AsyncClient) -> dict[str, float]:
+    page = (await client.get("/metrics")).text
+    return {name: metric(page, f"{name}_total") for name in ("steps", "new_tokens", "forward_seconds", "step_seconds")}
+
+
+async def counted(client: httpx.AsyncClient, running: Awaitable[Phase]) -> Phase:
+    """A phase with what the engine did meanwhile."""
+    before = await counts(client)
+    phase = await running
+    after = await counts(client)
+    phase.engine = {name: after[name] - before[name] for name in after}
+    return phase
+
+
 async def watch_memory(pid: int, samples: list[tuple[float, float]]) -> None:
     """(seconds, resident MB) once a second, until cancelled."""
     begin = time.perf_counter()
@@ -261,6 +283,7 @@ def table(together: Phase, alone: Phase, quarters: dict[str, float], clients: in
             "requests": dict(Counter(a.kind for a in phase.answers)),
             "new tokens/s": phase.rate(),
             "prompt tokens/s": phase.tokens()[0] / phase.seconds if phase.seconds else 0.0,
+            "engine": phase.engine,
             "first token": percentiles([a.first for a in good if a.first is not None]),
             "whole answer": percentiles([a.whole for a in good if a.whole is not None]),
         }
@@ -270,6 +293,9 @@ def table(together: Phase, alone: Phase, quarters: dict[str, float], clients: in
         for what in ("first token", "whole answer"):
             shown = "  ".join(f"{p} {value * 1000:.0f} ms" for p, value in row[what].items())
             print(f"  {what:12}  {shown}")
+        engine = row["engine"]
+        busy, model = (engine[name] / row["seconds"] for name in ("step_seconds", "forward_seconds"))
+        print(f"  {'engine':12}  {engine['steps']:.0f} steps, busy {busy:.0%} of the time, in the model {model:.0%}")
     ratio = together.rate() / alone.rate() if alone.rate() else float("nan")
     print(f"tokens/s of {clients} clients over one: {ratio:.2f}x")
     print("resident MB: " + "  ".join(f"{name} {mb:.0f}" for name, mb in quarters.items()))
@@ -280,14 +306,14 @@ def table(together: Phase, alone: Phase, quarters: dict[str, float], clients: in
 
 
 async def measure(url: str, pid: int, args: argparse.Namespace) -> tuple[Phase, Phase, list[tuple[float, float]], str]:
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         longest = (await client.get("/v1/models")).json()["data"][0]["max_model_len"]
-    samples: list[tuple[float, float]] = []
-    watcher = asyncio.create_task(watch_memory(pid, samples))
-    together = await crowd(url, args.clients, args.seconds, longest, args.seed)
-    watcher.cancel()
-    alone = await queue_of_one(url, together.done, args.serial_seconds or args.seconds / 4)
-    async with httpx.AsyncClient(base_url=url) as client:
+        await warm_up(client, args.slots, longest)
+        samples: list[tuple[float, float]] = []
+        watcher = asyncio.create_task(watch_memory(pid, samples))
+        together = await counted(client, crowd(url, args.clients, args.seconds, longest, args.seed))
+        watcher.cancel()
+        alone = await counted(client, queue_of_one(url, together.done, args.serial_seconds or args.seconds / 4))
         end = time.perf_counter() + 30
         while True:
             page = (await client.get("/metrics")).text
