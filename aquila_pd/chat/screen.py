@@ -62,7 +62,9 @@ def prepare_input(interactive: bool) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")
     if interactive:
         with suppress(ImportError):  # not on every system; then lines have no editing
-            import readline  # noqa: F401  input() uses it once it is imported
+            import readline  # input() uses it once it is imported
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
 
 
 def _line() -> str | None:
