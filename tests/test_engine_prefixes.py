@@ -216,16 +216,15 @@ def test_the_cache_grows_for_a_long_sequence_and_gives_the_memory_back(model, re
     (long,) = engine.generate([prompt], greedy(6))[0]
     large = engine._cache.nbytes
     assert long.tokens == expected(reference, prompt, 6) and large > 1.5 * small
-    prompts = [p for p in (some_ids(20, seed) for seed in range(8)) if reference.greedy(p, 40).margin > MARGIN]
-    assert len(prompts) > 3
+    short = some_ids(50, seed=1)
     while engine._cache.nbytes > small and engine.stats.steps < 3000:
-        for short in prompts:  # in one of them it shrinks
-            assert engine.generate([short], greedy(40))[0][0].tokens == reference.greedy(short, 40).tokens
+        # again and again in its own slot, so that the long one's is nobody else's; in one of them the cache shrinks
+        assert engine.generate([short], greedy(40))[0][0].tokens == expected(reference, short, 40)
     assert engine._cache.nbytes == small, "the memory of one long sequence is kept for ever"
     assert 100 < engine.stats.steps < 2000, "neither at once, for the next long one, nor after an age"
-    # whatever of the long one may be left beyond the end of the buffers is not believed
+    # what is still there is used; what was beyond the end of the buffers is not believed to be
     (again,) = engine.generate([prompt], greedy(6))[0]
-    assert again.tokens == long.tokens and again.reused < 560
+    assert again.tokens == long.tokens and 100 < again.reused < 560
     (next_turn,) = engine.generate([prompt + long.tokens + [7]], greedy(6))[0]
     assert next_turn.tokens == expected(reference, next_turn.prompt, 6) and next_turn.reused == 565
 
