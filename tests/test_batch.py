@@ -80,6 +80,14 @@ def test_rows_that_finish_early_wait_for_those_before_them(generate, tmp_path, m
     ]
 
 
+def test_a_long_run_says_how_far_it_is(generate, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "SECONDS", 0)
+    file = write_rows(tmp_path / "in.jsonl", {"prompt": "Hello"}, {"prompt": "a"})
+    lines = generate("--file", file)[2].splitlines()
+    assert [line.split(",")[0] for line in lines[:2]] == ["  1 of 2 rows", "  2 of 2 rows"]
+    assert lines[2].startswith("2 rows; 16 tokens")
+
+
 def test_messages_and_chat_use_the_template_and_plain_prompts_do_not(generate, tmp_path, monkeypatch):
     seen, add = [], Engine.add
     monkeypatch.setattr(Engine, "add", lambda self, ids, *rest: seen.append(len(ids)) or add(self, ids, *rest))

@@ -181,6 +181,17 @@ def test_logits_that_are_no_numbers_are_one_line_and_the_chat_goes_on(chat, says
     assert out.endswith("\ngood\n"), "/retry asks once more what has failed"
 
 
+def test_a_retry_that_fails_keeps_the_answer_there_was(chat, says, tokenizer, monkeypatch, tmp_path):
+    says(tokenizer, "good", "better")
+    finite, calls = sampling.finite, []
+    monkeypatch.setattr(sampling, "finite", lambda logits: calls.append(1) or (len(calls) != 6 and finite(logits)))
+    files = [tmp_path / "failed.json", tmp_path / "retried.json"]
+    _, out, err = chat(f"Hello\n/retry\n/save {files[0]}\n/retry\n/save {files[1]}\n")
+    assert "NaN or infinite" in err
+    said = [[m["content"] for m in json.loads(file.read_text())["messages"]] for file in files]
+    assert said == [["Hello", "good"], ["Hello", "better"]], out
+
+
 def test_bytes_that_are_no_text_are_said_and_not_sent(chat, says, tokenizer):
     says(tokenizer, "fine")
     status, out, err = chat(b"caf\xe9\nHello\n")

@@ -156,8 +156,14 @@ class Chat:
         turn = self.conversation.take_back()
         if turn is None:
             self.screen.note("There is no answer to take back.")
-        elif not self._turn(turn[0]):
-            self.conversation.add(*turn)
+            return
+        kept = False
+        try:
+            kept = self._turn(turn[0])
+        finally:
+            if not kept:
+                self.conversation.add(*turn)
+                self._failed = None
 
     def _save(self, name: str) -> None:
         self.conversation.save(Path(name).expanduser())
@@ -175,9 +181,9 @@ class Chat:
 
     def _turn(self, text: str) -> bool:
         """Ask the model and show its answer; True when the turn is kept. Raises AquilaError when there is no answer."""
-        self._failed = text
         prompts, left_out = self.loaded.require_prompts(), self.conversation.left_out
         ids = self.conversation.ids(text)
+        self._failed = text
         stop, clock = prompts.stop_strings, Clock()
         answer = Answer(self.loaded.tokenizer, say=self.screen.piece, stop=stop, strip_start=True)
         sequence, stopped = self._generate(ids, lambda event: clock.tick() or answer(event))
