@@ -28,7 +28,8 @@ LETTERS = _letters()
 class ByteLevelText:
     """Text of byte-level tokens: one stream of bytes, decoded as UTF-8, damaged bytes as U+FFFD.
 
-    as_written: added tokens that are no bytes though their letters look like it.
+    as_written: added tokens that are no bytes though their letters look like it. Aquila's vocabularies have none. Where
+    one comes later, decode() does not join a character's bytes across a special token; here they are joined by then.
     """
 
     def __init__(self, as_written: frozenset[str] = frozenset()):
