@@ -1,6 +1,7 @@
 """An engine without a model: the prompt itself says what it answers. For fast tests of everything around the engine.
 
-say<text>      answers with the text, a token a step, then the end token
+say<text>      answers with the text, a token a step, then the end token; § in it is said as #, which a template may
+               have taken apart in the prompt
 endless        "la " until the limit
 slow           20 ms a step (of all requests)
 nan<3>         NaN logits after 3 tokens
@@ -84,7 +85,7 @@ class FakeEngine:
         text = self.tokenizer.decode(sequence.prompt, skip_special_tokens=True)
         fault = re.search(r"(nan|boom)<(\d+)>", text)
         said = re.findall(r"say<(.*?)>", text, re.DOTALL)
-        ids = self.ids(said[-1] if said else ANSWER)
+        ids = self.ids(said[-1].replace("§", "#") if said else ANSWER)
         if "endless" in text:
             ids = self.ids("la ") * 10_000
         if fault:

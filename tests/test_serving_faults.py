@@ -8,6 +8,7 @@ import fake_engine
 import pytest
 from serving_factory import running, wait_for
 
+from aquila_pd.chat.text import TextStream
 from aquila_pd.errors import OutputError
 from aquila_pd.serving.access_log import Log
 
@@ -66,6 +67,32 @@ def test_one_nan_of_several_choices_ends_the_request_and_frees_its_slots(server)
     assert response.status_code == 500 and response.json()["error"]["code"] == "nonfinite_logits"
     wait_for(server.quiet)
     assert server.service.engine.stats.new_tokens < 100
+
+
+def test_a_failed_job_leaves_the_engine_even_before_its_request_is_over(tokenizer_folder):
+    """The event loop may be late; the slots are free all the same."""
+    import asyncio
+
+    from aquila_pd.generation import SamplingParams
+    from aquila_pd.serving.answers import Choice
+    from aquila_pd.serving.worker import Job, Worker
+
+    model = fake_engine.fake_model(tokenizer_folder, max_length=100_000, step_seconds=0.001)
+    prompts = [model.engine.ids(text) for text in ("endless", "endless nan<3>")]
+
+    async def main() -> None:
+        worker = Worker(model.engine, on_error=pytest.fail)
+        worker.start()
+        job = Job(
+            prompts, SamplingParams(max_new_tokens=50_000), lambda i: Choice(i, TextStream(model.tokenizer), None)
+        )
+        worker.submit(job)
+        await asyncio.to_thread(wait_for, lambda: model.engine.stats.finished["cancelled"] == 1)
+        assert model.engine.stats.running == 0
+        worker.stop()
+        assert await worker.stopped(10)
+
+    asyncio.run(main())
 
 
 def test_health_turns_bad_after_failures_in_a_row_and_good_after_a_success(server):
@@ -150,3 +177,16 @@ def test_a_log_that_nobody_reads_does_not_stop_anything():
 def test_a_log_file_that_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(OutputError, match="no-folder"):
         Log(tmp_path / "no-folder" / "log")
+
+
+def test_a_line_of_the_log_is_one_line_whatever_it_repeats(tmp_path):
+    log = Log(tmp_path / "log")
+    log.line("a\nb\x1b[31m")
+    try:
+        raise ValueError("c\nd\x1b[0m")
+    except ValueError as error:
+        log.exception("e", error)
+    log.close()
+    text = (tmp_path / "log").read_text()
+    assert r"a\nb\x1b[31m" in text and "\x1b" not in text
+    assert all(line[:2] == "20" or line.startswith("    ") for line in text.splitlines())

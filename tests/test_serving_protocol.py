@@ -312,3 +312,23 @@ def test_without_a_template_there_is_no_chat_but_completions(tmp_path):
         assert error["code"] == "no_chat_template" and "--template" in error["message"]
         assert server.complete("say<x>").json()["choices"][0]["text"] == "x"
         assert server.client.post("/", json={"prompt": "say<x>", "sft": False}).json()["response"] == "x"
+
+
+def test_an_answer_ends_at_the_templates_own_stop_strings(tmp_path):
+    from aquila_pd.chat.prompts import ChatPrompts
+
+    model = fake_engine.fake_model(chat_factory.write_aquila_tokenizer(tmp_path / "tokenizer"))
+    model.prompts = ChatPrompts(model.tokenizer, "aquila-chat")
+    assert "###" in model.prompts.stop_strings
+    with running(model, tmp_path / "log") as server:
+        assert drawn(server, content="say<yes.§§§Human: and now I go on>", stop="never") == "yes."
+        (choice,) = server.complete("say<a§§§b>").json()["choices"]
+        assert choice["text"] == "a###b", "control: a text that is continued has no template"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/"])
+def test_every_endpoint_ends_at_the_end_token(server, monkeypatch, path):
+    seen = spied(server, monkeypatch)
+    body = chat_body() if "chat" in path else {"prompt": "hi"}
+    assert server.client.post(path, json=body).status_code == 200
+    assert EOS in seen[0][1].stop_ids
