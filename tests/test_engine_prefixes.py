@@ -257,3 +257,14 @@ def test_a_sequence_that_crosses_every_capacity_is_right_to_its_end(model, refer
     clear = top[:, 1] - top[:, 0] > MARGIN
     assert clear.mean() > 0.99
     assert (rows.argmax(-1) == long.tokens)[clear].all()
+
+
+def test_asking_again_does_not_cost_an_older_conversation_its_keys(model):
+    """The slot of the answer nobody came back to is used again, not that of the long conversation."""
+    engine = Engine(model, slots=3)
+    chat, question = some_ids(150), some_ids(24, seed=3)
+    engine.generate([chat], greedy(2))
+    for _ in range(5):
+        engine.generate([question], greedy(60))
+    (again,) = engine.generate([chat + some_ids(3)], greedy(2))[0]
+    assert again.reused == 150

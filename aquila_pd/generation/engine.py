@@ -12,6 +12,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,6 +100,7 @@ class Engine:
         self._slots = [Slot(number) for number in range(slots)]
         self._waiting: deque[Sequence] = deque()
         self._added = 0
+        self._half_done = False  # a step was left by an exception
         stretches = bool(config.rope_scaling) and config.rope_scaling["type"] == "dynamic"
         self._plain_rope = config.max_position_embeddings if stretches else math.inf
 
@@ -108,7 +110,7 @@ class Engine:
         """Queue a prompt; returns its params.n sequences, which `step` continues.
 
         listener: called with every TokenEvent of theirs, inside `step`; returning True ends that sequence.
-        Raises GenerationError for ids the model does not know, PromptTooLong when no room is left for an answer.
+        Raises GenerationError for what the model cannot continue, PromptTooLong when no room is left for an answer.
         """
         prompt = self._checked(prompt, params)
         numbers = range(self._added, self._added + params.n)
@@ -125,14 +127,19 @@ class Engine:
             self._count()
 
     def step(self) -> bool:
-        """One forward pass; False when there was nothing to do."""
+        """One forward pass; False when there was nothing to do. After an exception out of it only `reset` is left."""
+        if self._half_done:
+            raise GenerationError("The last step was left by an exception: call reset() before the next one.")
         begin = time.perf_counter()
+        self._half_done = True
         self._admit()
         decoding = [s.sequence for s in self._slots if s.sequence and not s.sequence.prefilling]
         chunks = self._next_chunks()
+        if decoding or chunks:
+            self._advance(decoding, chunks)
+        self._half_done = False
         if not decoding and not chunks:
             return False
-        self._advance(decoding, chunks)
         self.stats.steps += 1
         self._count()
         self.stats.step_seconds += time.perf_counter() - begin
@@ -148,6 +155,7 @@ class Engine:
         for slot in self._slots:
             slot.ids = []
             self._cache.clear(slot.number)
+        self._half_done = False
         self._count()
 
     def generate(
@@ -158,44 +166,60 @@ class Engine:
         each = list(zip(prompts, params if isinstance(params, list) else [params] * len(prompts), strict=True))
         each = [(self._checked(prompt, p), p) for prompt, p in each]  # all of them before one is queued
         made = [self.add(prompt, p) for prompt, p in each]
-        while any(s.finish_reason is None for sequences in made for s in sequences):
-            self.step()
+        every = [sequence for sequences in made for sequence in sequences]
+        with self._left_in_order(every):
+            while any(s.finish_reason is None for s in every):
+                self.step()
         return made
 
     def stream(self, prompt: Iterable[int], params: SamplingParams) -> Iterator[TokenEvent]:
         """The events of one prompt as they come. Closing the iterator cancels it."""
+        return self._events(self._checked(prompt, params), params)
+
+    def _events(self, prompt: list[int], params: SamplingParams) -> Iterator[TokenEvent]:
         events: deque[TokenEvent] = deque()
         sequences = self.add(prompt, params, lambda event: events.append(event))
-        try:
+        with self._left_in_order(sequences):
             while events or any(s.finish_reason is None for s in sequences):
                 if not events:
                     self.step()
                 while events:
                     yield events.popleft()
+
+    @contextmanager
+    def _left_in_order(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Nothing of these sequences goes on after the block, and no step was left half done."""
+        try:
+            yield
         finally:
             for sequence in sequences:
                 self.cancel(sequence)
+            if self._half_done:
+                self.reset()
 
     # ------------------------------------------------------------------------------------------- joining slots
 
     def _checked(self, prompt: Iterable[int], params: SamplingParams) -> list[int]:
         """The prompt's ids; raises GenerationError for what the engine cannot run."""
-        prompt = list(prompt)
+        prompt = list(prompt) if isinstance(prompt, Iterable) else [prompt]
         strange = [i for i in prompt if not isinstance(i, int | np.integer) or isinstance(i, bool)]
         if strange:
             raise GenerationError(f"A prompt is a list of token ids; {shown_value(strange[0])} is none.")
-        wrong = [i for i in {*prompt, *params.stop_ids, *params.logit_bias} if not 0 <= i < self.vocab_size]
         if not prompt:
             raise GenerationError("The prompt is empty: there is no token to continue.")
+        wrong = [i for i in {*prompt, *params.stop_ids, *params.logit_bias} if not 0 <= i < self.vocab_size]
         if wrong:
             raise GenerationError(
                 f"The model has no token {', '.join(map(str, sorted(wrong)[:5]))}: its ids are 0 to "
                 f"{self.vocab_size - 1}. The tokenizer is another model's."
             )
-        room = self.max_length - (1 if params.max_new_tokens else 0)
-        if len(prompt) > room:
+        if params.min_new_tokens and len(set(params.stop_ids)) == self.vocab_size:
+            raise GenerationError("min_new_tokens leaves no token to draw: every token is a stop id.")
+        answer = 1 if params.max_new_tokens else 0
+        if len(prompt) + answer > self.max_length:
+            behind = " with one for an answer" if answer else ""
             raise PromptTooLong(
-                f"The prompt has {len(prompt):,} tokens; with one for an answer, {self.max_length:,} fit. Shorten it."
+                f"The prompt has {len(prompt):,} tokens; at most {self.max_length:,} fit{behind}. Shorten it."
             )
         return [int(i) for i in prompt]
 
@@ -238,13 +262,14 @@ class Engine:
         length = shared[donor.number]
         if length < WORTH_REUSING:
             return self._taken(oldest)
-        # In place, unless somebody is using it or would lose most of a longer conversation.
-        slot = donor if donor in free and (length * 2 >= len(donor.ids) or donor is oldest) else oldest
+        # In place where that loses less of what others may come back to.
+        slot = donor if donor in free and len(donor.ids) - length <= len(oldest.ids) else oldest
+        self._taken(slot)  # before it is written to
         if slot is not donor:
             self._cache.copy(donor.number, slot.number, length)
         sequence.computed = sequence.reused = length
         self.stats.reused_tokens += length
-        return self._taken(slot)
+        return slot
 
     def _held(self, slot: Slot) -> list[int]:
         """Ids whose keys and values are here for others to use: none made with a stretched rotary base."""
@@ -279,11 +304,10 @@ class Engine:
         hidden = self._hidden(decoding, chunks)
         logits, rows = self._last_logits(hidden, decoding, chunks)
         self.stats.forward_seconds += time.perf_counter() - begin
+        self._end_damaged(hidden, logits, rows, decoding, chunks)
         at = len(decoding)
         for sequence, count in chunks:
-            if not self._runner.finite(hidden[at : at + count]):  # before anybody can start from what it left
-                self._fail_nonfinite(sequence)
-            elif sequence.params.prompt_logprobs:
+            if sequence.params.prompt_logprobs and sequence.finish_reason is None:
                 self._score_prompt(sequence, hidden[at : at + count])
             sequence.computed += count
             self.stats.prompt_tokens += count
@@ -293,6 +317,20 @@ class Engine:
         for sequence, row in zip(rows, logits, strict=True):
             if sequence.finish_reason is None:  # a listener may have cancelled it meanwhile
                 self._next_token(sequence, row)
+
+    def _end_damaged(self, hidden, logits, rows: list[Sequence], decoding: list[Sequence], chunks) -> None:
+        """End the sequences whose numbers are none, before a listener is called or a prompt starts from theirs."""
+        damaged = [sequence for sequence, row in zip(rows, logits, strict=True) if not sampling.finite(row)]
+        at = len(decoding)
+        for sequence, count in chunks:
+            if not self._runner.finite(hidden[at : at + count]) and sequence not in damaged:
+                damaged.append(sequence)
+            at += count
+        for sequence in damaged:
+            sequence.damaged = True
+        for sequence in damaged:
+            if sequence.finish_reason is None:
+                self._fail_nonfinite(sequence)
 
     def _hidden(self, decoding: list[Sequence], chunks: list[tuple[Sequence, int]]):
         """Hidden states [T, D] of the flat row: one token of each decoding sequence, then the chunks."""
@@ -341,9 +379,6 @@ class Engine:
 
     def _next_token(self, sequence: Sequence, logits: np.ndarray) -> None:
         params = sequence.params
-        if not sampling.finite(logits):
-            self._fail_nonfinite(sequence)
-            return
         if params.max_new_tokens == 0:
             self._finish(sequence, LENGTH)
             return
@@ -371,7 +406,7 @@ class Engine:
             except Exception as error:  # the listener's own fault: its sequence ends with it, the others go on
                 self._finish(sequence, ERROR, error=error, tell=False)
                 return
-            if enough and sequence.finish_reason is None:
+            if enough is True and sequence.finish_reason is None:
                 self._finish(sequence, STOP, tell=False)
 
     def _finish(
@@ -404,11 +439,10 @@ class Engine:
         slot = self._slots[sequence.slot]
         slot.sequence, slot.left = None, self.stats.steps
         slot.ids = sequence.ids(0, sequence.computed)
-        if len(sequence.prompt) > self._plain_rope or sequence.finish_reason == ERROR:
-            slot.ids = []  # made with another rotary base, or not to be trusted
-        elif len(slot.ids) > self._plain_rope:
-            del slot.ids[int(self._plain_rope) :]
-        if sequence.finish_reason == ERROR:
+        if len(sequence.prompt) > self._plain_rope:
+            slot.ids = []  # made with another rotary base
+        if sequence.damaged or sequence.finish_reason == ERROR:
+            slot.ids = []
             self._cache.clear(slot.number)
 
     def _forget_beyond(self, length: int) -> None:

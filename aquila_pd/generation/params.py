@@ -8,6 +8,7 @@ from ..errors import GenerationError, report, shown_value
 STANDARD, AQUILA = "standard", "aquila"
 ORDERS = (STANDARD, AQUILA)
 MAX_SEED = 2**64 - 1
+MOST_SEQUENCES = 4096  # of one prompt
 LARGEST = 1e30  # of a number that meets logits: products and sums of a few of them are finite in float32
 
 
@@ -78,7 +79,7 @@ class SamplingParams:
             "max_new_tokens": (0 if self.prompt_logprobs is True else 1, None),
             "min_new_tokens": (0, None),
             "top_k": (0, None),
-            "n": (1, None),
+            "n": (1, MOST_SEQUENCES),
             **({} if self.logprobs is None else {"logprobs": (0, None)}),
             **({} if self.seed is None else {"seed": (0, MAX_SEED)}),
         }

@@ -7,6 +7,7 @@ only, and not on the order in which nearly equal ones happen to be sorted.
 
 import numpy as np
 
+from ..errors import GenerationError
 from .params import AQUILA, STANDARD, SamplingParams
 from .sequences import Sequence, TokenLogprob
 
@@ -44,6 +45,8 @@ def adjusted(logits: np.ndarray, sequence: Sequence) -> np.ndarray:
         x[token] += np.float32(bias)
     if len(sequence.tokens) < params.min_new_tokens:
         x[list(params.stop_ids)] = -np.inf
+        if len(params.stop_ids) >= len(x) and x.max() == -np.inf:
+            raise GenerationError("min_new_tokens leaves no token to draw: every token is a stop id.")
     return x
 
 
@@ -128,12 +131,15 @@ def _heaviest(weights: np.ndarray, wanted: float) -> np.ndarray:
 def draw_in_nucleus(weights: np.ndarray, top_p: float, random: np.random.Generator) -> int:
     """A draw from `nucleus(weights, top_p)` that does not find all of it: draws of the whole until one lies in it.
 
-    A token does when those heavier than it hold less than the share; so one try in 1 / top_p does.
+    A token does when those before it hold less than the share: the heavier ones, and among equals those with lower
+    ids. One try in 1 / top_p does.
     """
     wanted = top_p * weights.sum(dtype=np.float64)
     while True:
         drawn = draw(weights, random.random())
-        if np.dot(weights, weights > weights[drawn]) < wanted:
+        weight = weights[drawn]
+        equals = np.count_nonzero(weights[:drawn] == weight)
+        if np.dot(weights, weights > weight) + equals * weight < wanted:
             return drawn
 
 

@@ -66,6 +66,7 @@ class Sequence:
     number: int = 0  # in the order of arrival
     slot: int | None = None
     computed: int = 0  # tokens of prompt + answer whose keys and values the slot holds
+    damaged: bool = False  # what the slot holds are no numbers
     random: np.random.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -57,13 +57,12 @@ class Slots:
         return True
 
     def _resize(self, capacity: int) -> None:
-        kept = min(capacity, self.capacity)
-        for buffers in (self.keys, self.values):
-            for layer, old in enumerate(buffers):
-                slots, K, _, H = old.shape
-                buffers[layer] = paddle.zeros([slots, K, capacity, H], dtype=old.dtype)
-                buffers[layer][:, :, :kept] = old[:, :, :kept]
-        self.capacity, self._idle = capacity, 0
+        # All of them before one is put in place: when memory runs out, nothing has changed.
+        keys, values = (
+            [_resized(buffer, min(capacity, self.capacity), capacity) for buffer in buffers]
+            for buffers in (self.keys, self.values)
+        )
+        self.keys, self.values, self.capacity, self._idle = keys, values, capacity, 0
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first tokens of one slot into another."""
@@ -145,3 +144,11 @@ class Pass:
         keys[own, :, chunk.start : end] = k
         values[own, :, chunk.start : end] = v
         return attention(q, keys[own], values[own], mask)
+
+
+def _resized(buffer, kept: int, capacity: int):
+    """A buffer [slots, K, capacity, H] that begins with the first `kept` tokens of another."""
+    slots, K, _, H = buffer.shape
+    made = paddle.zeros([slots, K, capacity, H], dtype=buffer.dtype)
+    made[:, :, :kept] = buffer[:, :, :kept]
+    return made
