@@ -61,7 +61,8 @@ def _main(args: argparse.Namespace) -> None:
     chat = Chat(loaded, screen, args)
     if screen.interactive:
         template, tokens = loaded.require_prompts().name, loaded.engine.max_length
-        screen.note(f"{loaded.name}, chat template {template}, {tokens:,} tokens. {LEAVING} /help lists commands.")
+        screen.note(f"{loaded.name}: chat template {template}, context of {tokens:,} tokens.")
+        screen.note(f"/help lists commands. {LEAVING}")
     chat.talk()
 
 
