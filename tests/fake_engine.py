@@ -82,7 +82,7 @@ class FakeEngine:
 
     def script(self, sequence: Sequence) -> Iterator[int | str]:
         """What a sequence draws, token by token."""
-        text = self.tokenizer.decode(sequence.prompt, skip_special_tokens=True)
+        text = self.tokenizer.decode(sequence.prompt, skip_special_tokens=False)
         fault = re.search(r"(nan|boom)<(\d+)>", text)
         said = re.findall(r"say<(.*?)>", text, re.DOTALL)
         ids = self.ids(said[-1].replace("§", "#") if said else ANSWER)

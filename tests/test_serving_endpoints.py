@@ -7,6 +7,8 @@ import fake_engine
 import pytest
 from serving_factory import chat_body, error_of, running, spied, sse
 
+from aquila_pd.chat.predict import messages_of
+
 EOS = chat_factory.EOS
 
 
@@ -74,6 +76,21 @@ def test_echo_repeats_the_prompt_with_its_logprobs(server, stream, as_ids):
     for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
         if not token.startswith("bytes:"):
             assert said[offset : offset + len(token)] == token
+
+
+def test_a_special_token_in_an_answer_has_a_place_and_no_length(server):
+    (choice,) = server.complete("say<a[CLS]b>", logprobs=0).json()["choices"]
+    assert choice["text"] == "ab"
+    assert choice["logprobs"]["tokens"] == ["a", "[CLS]", "b"] and choice["logprobs"]["text_offset"] == [0, 1, 1]
+
+
+def test_the_drawn_token_is_among_the_likeliest_even_when_it_is_not(server):
+    from aquila_pd.generation import TokenLogprob
+    from aquila_pd.serving.vocabulary import legacy_logprobs
+
+    a, b, c = (server.service.ids_of(letter)[0] for letter in "abc")
+    found = legacy_logprobs([(a, TokenLogprob(a, -3.0, ((b, -0.1), (c, -2.0))), 0)], 1, server.service.vocabulary)
+    assert found["top_logprobs"] == [{"b": -0.1, "a": -3.0}]
 
 
 def test_a_text_is_scored_without_an_answer(server):
@@ -147,10 +164,12 @@ def test_the_seeds_own_service(server):
 
 def test_the_seeds_service_has_history_and_drops_the_oldest_turns(server, monkeypatch):
     seen = spied(server, monkeypatch)
-    history = [["old " * 60, "x"], ["new", "y"]]
+    history = [["old" * 85, "x"], ["new", "y"]]
     found = server.client.post("/", json={"prompt": "say<z>", "history": history, "max_gen_len": 100}).json()
     assert found["response"] == "z"
     (prompt, params), encode = seen[0], server.service.prompts.encode
+    everything = [*messages_of(history, "say<z>")]
+    assert 256 - 100 < len(encode(everything)) < 256, "it would fit without the answer"
     kept = [("user", "new"), ("assistant", "y"), ("user", "say<z>")]
     assert prompt == encode([{"role": role, "content": text} for role, text in kept])
     assert (params.temperature, params.top_k, params.top_p, params.seed) == (1.0, 15, 0.9, 123)
@@ -222,5 +241,8 @@ def test_no_answer_holds_a_number_that_json_has_not(server, monkeypatch):
         return TokenLogprob(token, float("-inf"), ((token, float("-inf")),))
 
     monkeypatch.setattr(server.service.engine, "logprob", tiny)
+    chat = server.chat(logprobs=True, top_logprobs=1).text
+    entry = json.loads(chat, parse_constant=pytest.fail)["choices"][0]["logprobs"]["content"][0]
+    assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] == -9999.0
     text = server.complete("hi", logprobs=1, echo=True).text
     assert json.loads(text, parse_constant=pytest.fail)["choices"][0]["logprobs"]["token_logprobs"][1] == -9999.0

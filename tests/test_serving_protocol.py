@@ -98,19 +98,25 @@ def test_logprobs_of_a_chat_name_every_token_with_its_bytes(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_stop_where_the_text_does(server, stream):
-    response = server.chat(stop="e!", logprobs=True, stream=stream)
+@pytest.mark.parametrize(
+    ("asked", "stop", "text", "tokens"),
+    [
+        ("hi", "e!", "你好 🙂, pleas", "你好 🙂, please"),  # inside a token, which is there as a whole
+        ("hi", "!", "你好 🙂, please", "你好 🙂, please"),  # between two, of which the second is not
+        ("say<  \n  good day!>", "!", "good day", "  \n  good day"),  # the white space that is left out has tokens too
+    ],
+)
+def test_logprobs_stop_where_the_text_does(server, stream, asked, stop, text, tokens):
+    response = server.chat(asked, stop=stop, logprobs=True, stream=stream)
     if stream:
         choices = [event["choices"][0] for event in sse(response.text)[:-1]]
         entries = [entry for c in choices if c["logprobs"] for entry in c["logprobs"]["content"]]
-        text = "".join(c["delta"].get("content", "") for c in choices)
+        content = "".join(c["delta"].get("content", "") for c in choices)
     else:
         (choice,) = response.json()["choices"]
-        entries, text = choice["logprobs"]["content"], choice["message"]["content"]
-    said = bytes(byte for entry in entries for byte in entry["bytes"]).decode()
-    assert (text, said) == ("你好 🙂, pleas", "你好 🙂, please"), (
-        "the token that was cut is there, the one behind is not"
-    )
+        entries, content = choice["logprobs"]["content"], choice["message"]["content"]
+    assert content == text
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == tokens
 
 
 # ---------------------------------------------------------------------------------------------------- parameters
