@@ -364,7 +364,7 @@ def test_a_whole_conversation_in_a_terminal(tmp_path):
     folder = tiny_chat_folder(tmp_path / "chat", "aquila-v1", max_position_embeddings=8192)
     screen = Terminal(str(folder), "--threads", "1", "--temperature", "0", "--max-new-tokens", "6000")
     everything = screen.wait_for(r"/help lists commands\..*\n> ")
-    assert "chat template aquila-v1, 8,192 tokens" in everything
+    assert "chat template aquila-v1, context of 8,192 tokens" in everything
 
     time.sleep(
         0.5
