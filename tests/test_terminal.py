@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -313,6 +314,7 @@ class Terminal:
 
     def __init__(self, *arguments: str):
         self.master, slave = os.openpty()
+        termios.tcsetwinsize(slave, (40, 400))  # so wide that readline moves no cursor for a long path
         command = [sys.executable, "-m", "aquila_pd.cli", "chat", *arguments]
         environment = {**os.environ, "TERM": "xterm", "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
@@ -354,7 +356,6 @@ class Terminal:
 def _control() -> None:
     """The pseudo-terminal becomes the process's own, so that Ctrl-C typed there reaches it as a signal."""
     import fcntl
-    import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
