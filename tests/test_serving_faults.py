@@ -1,5 +1,6 @@
 """What goes wrong inside: an engine that raises, weights that are NaN, a log that cannot be written. Requests go on."""
 
+import asyncio
 import os
 import threading
 
@@ -71,8 +72,6 @@ def test_one_nan_of_several_choices_ends_the_request_and_frees_its_slots(server)
 
 def test_a_failed_job_leaves_the_engine_even_before_its_request_is_over(tokenizer_folder):
     """The event loop may be late; the slots are free all the same."""
-    import asyncio
-
     from aquila_pd.generation import SamplingParams
     from aquila_pd.serving.answers import Choice
     from aquila_pd.serving.worker import Job, Worker
@@ -93,6 +92,25 @@ def test_a_failed_job_leaves_the_engine_even_before_its_request_is_over(tokenize
         assert await worker.stopped(10)
 
     asyncio.run(main())
+
+
+def test_the_engines_thread_is_prepared_before_its_first_step(tokenizer_folder):
+    """OpenMP counts threads for each thread by itself: what the main thread has set does not hold in this one."""
+    from aquila_pd.serving.worker import Worker
+
+    names: list[str] = []
+
+    def prepare() -> None:
+        names.append(threading.current_thread().name)
+
+    async def main() -> None:
+        worker = Worker(fake_engine.fake_model(tokenizer_folder).engine, on_error=pytest.fail, prepare=prepare)
+        worker.start()
+        worker.stop()
+        assert await worker.stopped(10)
+
+    asyncio.run(main())
+    assert names == ["engine"]
 
 
 def test_health_turns_bad_after_failures_in_a_row_and_good_after_a_success(server):

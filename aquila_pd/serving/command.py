@@ -5,6 +5,7 @@ import ipaddress
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..checkpoint.terminal import run
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--name", help="of the model, for its clients (default: the folder's name)")
     made.add_argument("--template", help="name of a chat template in place of the folder's own")
     made.add_argument("--dtype", help="of the weights in memory (default: float32 on a CPU, else as stored)")
-    made.add_argument("--threads", type=count, help="of the mathematics (default: OMP_NUM_THREADS, else 1)")
+    made.add_argument("--threads", type=count, help="of the mathematics (default: the cores there are)")
     made.add_argument("--slots", type=count, default=8, help="answers generated at once (default: 8)")
     made.add_argument("--max-length", type=count, help="tokens of prompt and answer (default: the model's context)")
     made.add_argument("--max-queue", type=count, default=64, help="answers that wait for a slot (default: 64)")
@@ -142,12 +143,10 @@ def main(argv: list[str] | None = None) -> int:
 def start(args: argparse.Namespace) -> None:
     settings = settings_of(args, dict(os.environ))
     warn_if_open(args.host, settings)
-    if args.threads:  # Paddle reads it once, when it is imported, and takes 1 when it is not set
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)
     from .server import listen, serve  # FastAPI and uvicorn load only now: --help costs nothing
 
     bound = listen(args.host, args.port)  # before the model, which may take minutes
-    from ..chat.loading import load
+    from ..chat.loading import load, use_threads
     from .access_log import Log
     from .app import make_app
     from .service import Service
@@ -161,5 +160,6 @@ def start(args: argparse.Namespace) -> None:
         template=args.template,
         threads=args.threads,
     )
-    service = Service(loaded, settings, log)
+    # OpenMP counts for each thread by itself, so the engine's is told too
+    service = Service(loaded, settings, log, prepare=partial(use_threads, args.threads))
     serve(make_app(service), service, bound, say=lambda line: print(line, flush=True))

@@ -51,12 +51,12 @@ class Wanted:
 class Service:
     """One model behind the endpoints."""
 
-    def __init__(self, model: Model, settings: Settings, log: Log):
+    def __init__(self, model: Model, settings: Settings, log: Log, prepare: Callable[[], None] = lambda: None):
         self.tokenizer, self.prompts, self.engine = model.tokenizer, model.prompts, model.engine
         self.settings, self.log = settings, log
         self.vocabulary = Vocabulary(model.tokenizer)
         self.metrics = Metrics(self)
-        self.worker = Worker(model.engine, on_error=partial(log.exception, "the engine"))
+        self.worker = Worker(model.engine, on_error=partial(log.exception, "the engine"), prepare=prepare)
         self.stop_ids = tuple(model.stop_ids)  # of a text that is continued without a template
         self.created = int(time.time())
         self.fingerprint = f"{NAME}-{VERSION}"

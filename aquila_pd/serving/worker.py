@@ -77,13 +77,18 @@ class Job:
 class Worker:
     """A thread that owns an engine.
 
-    on_error: called in that thread with an exception out of the engine, for the log.
+    on_error: called in that thread with an exception out of the engine, for the log. prepare: called in it first.
     """
 
-    def __init__(self, engine: Engine, on_error: Callable[[BaseException], None]):
+    def __init__(
+        self,
+        engine: Engine,
+        on_error: Callable[[BaseException], None],
+        prepare: Callable[[], None] = lambda: None,
+    ):
         self.engine = engine
         self.errors = 0  # exceptions out of the engine, in all
-        self._on_error = on_error
+        self._on_error, self._prepare = on_error, prepare
         self._in_a_row = 0
         self._step_began: float | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -138,6 +143,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            self._prepare()
             busy = False
             while not self._stopping:
                 self._obey(wait=not busy)
