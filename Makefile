@@ -66,6 +66,7 @@ bench: $(STAMP)
 	@$(BIN)/python benchmarks/load.py
 	@$(BIN)/python benchmarks/operations.py
 	@$(BIN)/python benchmarks/tokenizer.py --vocab $(VOCAB)
+	@$(BIN)/python benchmarks/generation.py --sampling
 
 clean:
 	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache

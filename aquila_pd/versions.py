@@ -110,6 +110,7 @@ PINS = (
     Pin("openai", "==3.57.0", "3.57.0", "the client the server is made for, in the tests", extra="test"),
     Pin("httpx", "==0.28.1", "0.28.1", "looks at the server's bytes in the tests and the load tool", extra="test"),
     Pin("lm_eval", "==0.4.13", "0.4.13", "scores texts through the server in the tests", extra="test"),
+    Pin("tenacity", "==9.2.1", "9.2.1", "lm_eval asks a server only with it", extra="test"),
     Pin("playwright", "==1.65.2", "1.65.2", "drives Chromium over the chat page in the tests", extra="test"),
     Pin("ruff", "==0.17.6", "0.17.6", "lint and format; the layout depends on its version", extra="dev"),
     Pin(

@@ -341,6 +341,8 @@ def test_killed_at_any_moment_of_filling_an_empty_folder_the_same_command_finish
         place.clear()
         place.output.mkdir()
         assert place.run(act=DIE, number=moment).status == -signal.SIGKILL
+        if differing(place.output, wanted) == []:
+            return  # at the very last moments all is done, and nothing says any more that a run was there
         again = place.run()
         assert again.status == 0, again.err
         assert differing(place.output, wanted) == []
