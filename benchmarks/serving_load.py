@@ -329,11 +329,13 @@ def main() -> int:
     made.add_argument("--seconds", type=float, default=300, help="with all clients (default: 300)")
     made.add_argument("--serial-seconds", type=float, help="with one (default: a quarter of --seconds)")
     made.add_argument("--slots", type=int, default=16, help="of the server (default: 16)")
+    made.add_argument("--max-length", type=int, default=1024, help="of prompt and answer in tokens (default: 1024)")
     made.add_argument("--template", help="see aquila-pd serve")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = made.parse_args()
     command = [sys.executable, "-c", SERVE, str(args.folder), "--port", "0", "--slots", str(args.slots)]
+    command += ["--max-length", str(args.max_length)]
     command += ["--max-queue", str(args.clients * 2)]  # nobody is to be refused
     command += ["--template", args.template] if args.template else []
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
@@ -354,7 +356,7 @@ def main() -> int:
         print(f"WRONG {count} x {reason}")
     print("failed" if found else "passed: every error was the client's own, and memory stayed flat")
     if args.json:
-        content = {"machine": machine(), "slots": args.slots, **figures, "wrong": found, "rss": samples}
+        content = {"machine": machine(), "slots": args.slots, "max_length": args.max_length, **figures, "wrong": found, "rss": samples}
         content["answers"] = [asdict(answer) for answer in together.answers]
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if found else 0
