@@ -13,6 +13,28 @@ SHARED = TESTS.parent.parent / "shared"  # facts, goldens and tokenizer files, b
 SEED = 20231121
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+# Files of many tests, each of them quick and all together not: `make check` leaves them to `make test` too.
+LONG_FILES = {
+    "test_bad_input",
+    "test_engine_faults",
+    "test_engine_prefixes",
+    "test_engine_results",
+    "test_engine_schedules",
+    "test_fuzz",
+    "test_hostile",
+    "test_output",
+    "test_packed",
+    "test_resume",
+    "test_round_trip",
+    "test_sampling_draw",
+    "test_serving_doors",
+    "test_serving_faults",
+    "test_serving_streams",
+    "test_torch_bin",
+    "test_verification",
+    "test_verify_command",
+}
+
 sys.path[:0] = [folder for folder in (str(TESTS.parent), str(TESTS)) if folder not in sys.path]
 
 # Before numpy, torch or paddle: they read these once. One thread: the models are tiny, and OpenMP threads that wait
@@ -31,6 +53,12 @@ for name, value in {
 from aquila_pd.processor import prefer_avx2_kernels  # noqa: E402  the environment above comes first
 
 prefer_avx2_kernels()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in LONG_FILES:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
