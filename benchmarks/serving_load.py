@@ -356,7 +356,8 @@ def main() -> int:
         print(f"WRONG {count} x {reason}")
     print("failed" if found else "passed: every error was the client's own, and memory stayed flat")
     if args.json:
-        content = {"machine": machine(), "slots": args.slots, "max_length": args.max_length, **figures, "wrong": found, "rss": samples}
+        content = {"machine": machine(), "slots": args.slots, "max_length": args.max_length, **figures}
+        content |= {"wrong": found, "rss": samples}
         content["answers"] = [asdict(answer) for answer in together.answers]
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if found else 0
