@@ -12,7 +12,7 @@ NAME = "aquila_pd"
 VERSION = "0.1.0"
 PYTHON = ">=3.11,<3.13"
 TESTED_PYTHON = "3.11"
-TEST_EXTRAS = ("verify", "gguf", "serve")  # what the test suite needs beside its own tools
+TEST_EXTRAS = ("verify", "gguf", "serve", "sft")  # what the test suite needs beside its own tools
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,17 @@ PINS = (
     Pin("fastapi", ">=0.165,<1", "0.165.0", "the routes of the server", extra="serve"),
     Pin("uvicorn", ">=0.54,<1", "0.54.0", "speaks HTTP for the server", extra="serve"),
     Pin("prometheus_client", ">=0.26,<1", "0.26.0", "writes /metrics in Prometheus' format", extra="serve"),
+    Pin("PyYAML", ">=6.0.3,<7", "6.0.3", "reads recipes", extra="sft"),
+    Pin("rich", ">=15,<16", "15.0.0", "draws tables and progress on a terminal", extra="sft"),
+    Pin("matplotlib", ">=3.11,<4", "3.11.2", "draws loss curves and length histograms", extra="sft"),
+    Pin("visualdl", "==2.5.3", "2.5.3", "Paddle's own training log, on request", extra="sft"),
+    Pin("datasketch", ">=2.0,<3", "2.0.0", "MinHash signatures that find near-duplicate rows", extra="sft"),
+    Pin("py3langid", "==0.2.2", "0.2.2", "tells languages apart; the last that works with NumPy 1", extra="sft"),
     Pin("pytest", "==9.2.0", "9.2.0", "runs the tests", extra="test"),
     Pin("pytest-timeout", ">=2.4", "2.4.0", "ends a test that hangs", extra="test"),
     Pin("hypothesis", "==6.170.15", "6.170.15", "makes damaged files for the tests", extra="test"),
     Pin("bitsandbytes", "==0.50.2", "0.50.2", "writes genuine NF4 checkpoints for the tests", extra="test"),
+    Pin("peft", "==0.17.1", "0.17.1", "the LoRA that ours is compared with", extra="test"),
     Pin("openai", "==3.57.0", "3.57.0", "the client the server is made for, in the tests", extra="test"),
     Pin("httpx", "==0.28.1", "0.28.1", "looks at the server's bytes in the tests and the load tool", extra="test"),
     Pin("lm_eval", "==0.4.13", "0.4.13", "scores texts through the server in the tests", extra="test"),
