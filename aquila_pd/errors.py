@@ -60,6 +60,18 @@ class GenerationError(AquilaError):
     """Generation cannot go on, for example because the logits are NaN or infinite."""
 
 
+class DataError(AquilaError):
+    """Rows to train on cannot be read, or hold nothing to train on."""
+
+
+class RecipeError(AquilaError):
+    """A training recipe asks for something that does not exist or contradicts itself."""
+
+
+class TrainingError(AquilaError):
+    """Training cannot go on, for example because the loss is NaN or a checkpoint is damaged."""
+
+
 class InstallationError(AquilaError, ImportError):
     """An installed package is missing or of a version this project does not work with; also an ImportError."""
 

@@ -1,0 +1,1 @@
+"""Weights stored in few bits inside a built model; files never know."""
