@@ -19,7 +19,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from .errors import AquilaError
-from .masks import causal_mask
+from .masks import PackedMask, causal_mask
 
 QUERY_BLOCK = 256  # queries at a time in plain attention: its scores take N * 256 * S numbers, not N * T * S
 
@@ -122,6 +122,31 @@ def fused_attention(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def packed_attention(q, k, v, mask: PackedMask):
+    """`attention` among the samples of packed rows: q [B, T, N, H]; k, v [B, K, T, H]. Returns [B, T, N, H].
+
+    A block of queries meets only the keys that one of them may see, so what lies in other samples costs nothing.
+    """
+    blocks = []
+    for first in range(0, q.shape[1], QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, q.shape[1])
+        low, rows = mask.block(first, last)
+        blocks.append(attention_with_weights(q[:, first:last], k[:, :, low:last], v[:, :, low:last], rows)[0])
+    return blocks[0] if len(blocks) == 1 else paddle.concat(blocks, axis=1)
+
+
+def fused_packed_attention(q, k, v, mask: PackedMask):
+    """`packed_attention` through FlashMask, which knows for each key the row from which on it is hidden.
+
+    The kernel exists in half precision only; float32 goes the plain way.
+    """
+    if q.dtype == paddle.float32:
+        return packed_attention(q, k, v, mask)
+    k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, T, K, H]
+    hidden_from = mask.ends.astype("int32").unsqueeze([1, 3])  # [B, 1, T, 1]
+    return F.flashmask_attention(q, k, v, startend_row_indices=hidden_from, causal=True)
+
+
 # ------------------------------------------------------------------- projections that share one input
 
 
@@ -206,6 +231,7 @@ class Ops:
     rope: Callable = rope
     swiglu: Callable = swiglu
     attention: Callable = attention
+    packed_attention: Callable = packed_attention
 
 
 @dataclass(frozen=True)
@@ -226,6 +252,7 @@ class _Twins:
     differentiated: int  # so many of the arguments get gradients
     equal_share: float = 0.0  # of half-precision values that must be the plain twin's to the last bit
     slower_on: Mapping[str, str] = field(default_factory=dict)  # device type -> what was measured there
+    half_only: bool = False  # the kernel computes in half precision, so a device that does not has no use for it
 
 
 def _rms_norm_samples(dtype: str) -> list[tuple]:
@@ -255,6 +282,13 @@ def _attention_samples(dtype: str) -> list[tuple]:
     return [sample(5, 5, 2), sample(8, 8, 3), sample(3, 16, 4), step, (*step[:3], None)]
 
 
+def _packed_samples(dtype: str) -> list[tuple]:
+    """Samples of several lengths, one token long too, a row that is one sample, and padding."""
+    segments = paddle.to_tensor([[1, 1, 1, 2, 3, 3, 3, 3, 3, 4, 4, 0, 0, 0, 0, 0], [1] * 16])
+    q, k, v = _random([2, 16, 4, 32], dtype), _random([2, 2, 16, 32], dtype), _random([2, 2, 16, 32], dtype)
+    return [(q, k, v, PackedMask(segments))]
+
+
 def _random(shape: list[int], dtype: str):
     # Drawn by hand: a probe must not disturb the generator a user has seeded.
     values = paddle.sin(paddle.arange(int(np.prod(shape)), dtype="float32") * 12.9898) * 1.7
@@ -273,6 +307,14 @@ TWINS = (
         _attention_samples,
         differentiated=3,
         slower_on={"cpu": "its kernel takes many times as long for single tokens (benchmarks/RESULTS.md)"},
+    ),
+    _Twins(
+        "packed_attention",
+        packed_attention,
+        fused_packed_attention,
+        _packed_samples,
+        differentiated=3,
+        half_only=True,
     ),
 )
 PROJECTIONS = Choice("projections", "plain", "model.fuse_projections() joins q/k/v and gate/up in a running model")
@@ -328,10 +370,14 @@ def _choose(twins: _Twins, device: str) -> Choice:
     for dtype in ("float32", "bfloat16", "float16"):
         if dtype != "float32" and not _computes(twins, dtype):
             continue
+        if dtype == "float32" and twins.half_only:
+            continue
         probed.append(dtype)
         problem = _probe(twins, dtype)
         if problem:
             return Choice(twins.name, "plain", f"{device}, {dtype}: {problem}")
+    if not probed:
+        return Choice(twins.name, "plain", f"{device}: its kernel computes in half precision only, the device does not")
     return Choice(twins.name, "fused", f"{device}: forward and backward equal the plain twin in {', '.join(probed)}")
 
 

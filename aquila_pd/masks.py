@@ -1,4 +1,4 @@
-"""Who may look at what: the one boolean mask attention takes, and the positions that follow from padding.
+"""Who may look at what: the one boolean mask attention takes, and the positions that follow from padding or packing.
 
 Letters in shapes: B batch, T query length, S key length.
 """
@@ -82,3 +82,60 @@ def positions(keep, T: int):
     """Position of each of the last T tokens, [B, T]: padding does not count and itself stands at 1, as upstream."""
     counted = paddle.cumsum(keep.astype("int64"), axis=-1) - 1
     return paddle.where(keep, counted, paddle.ones_like(counted))[:, -T:]
+
+
+class PackedMask:
+    """Who may look at whom in rows that hold several samples one after another, without a T x T mask.
+
+    segment_ids: int [B, T], another number at each border; padding counts as a sample.
+
+        segments  1 1 1 2 2 0        starts  0 0 0 3 3 5
+        query 1   x . . . . .        ends    3 3 3 5 5 6
+        query 1   x x . . . .        positions 0 1 2 0 1 0
+        query 1   x x x . . .
+        query 2   . . . x . .
+        query 2   . . . x x .
+        query 0   . . . . . x
+
+    starts, ends: int64 [B, T], the first place of each place's sample, and the one behind its last.
+    """
+
+    def __init__(self, segment_ids):
+        B, T = segment_ids.shape
+        places = paddle.arange(T, dtype="int64").unsqueeze(0).expand([B, T])
+        border = segment_ids[:, 1:] != segment_ids[:, :-1]  # [B, T - 1]
+        edge = paddle.ones([B, 1], dtype="bool")
+        begins = paddle.concat([edge, border], axis=1)
+        self.starts = paddle.cummax(paddle.where(begins, places, paddle.zeros_like(places)), axis=1)[0]
+        last = paddle.concat([border, edge], axis=1)
+        behind = paddle.where(last, places + 1, paddle.full_like(places, T))
+        self.ends = paddle.cummin(behind.flip(1), axis=1)[0].flip(1)
+        self._lowest = None
+
+    @property
+    def positions(self):
+        """Each token's place in its own sample, int64 [B, T]."""
+        return paddle.arange(self.starts.shape[1], dtype="int64").unsqueeze(0) - self.starts
+
+    @property
+    def lengths(self):
+        """The length of each token's sample, int64 [B, T]."""
+        return self.ends - self.starts
+
+    def block(self, first: int, last: int):
+        """(low, mask) of the queries [first, last): keys before `low` nobody of them sees, nor any from `last` on.
+
+        mask: boolean [B, 1, last - first, last - low].
+        """
+        if self._lowest is None:  # read back once: a kernel that takes `ends` never asks
+            self._lowest = self.starts.min(axis=0).numpy()
+        low = int(self._lowest[first])
+        key = paddle.arange(low, last).reshape([1, 1, 1, -1])
+        query = paddle.arange(first, last).reshape([1, 1, -1, 1])
+        return low, (key >= self.starts[:, first:last].unsqueeze([1, 3])) & (key <= query)
+
+    def full(self):
+        """The boolean mask [B, 1, T, T]."""
+        T = self.starts.shape[1]
+        key, query = paddle.arange(T).reshape([1, 1, 1, T]), paddle.arange(T).reshape([1, 1, T, 1])
+        return (key >= self.starts.unsqueeze([1, 3])) & (key <= query)

@@ -9,7 +9,6 @@ N query heads, K key/value heads, H head size, V vocabulary, L layers.
 from .startup import READY  # noqa: F401  before paddle is loaded, also where the package is not installed
 
 # isort: on
-import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -25,9 +24,10 @@ from .cache import KVCache
 from .configuration import AquilaConfig
 from .errors import AquilaError, InstallationError
 from .fusion_ops import Ops, attention_with_weights, select
-from .masks import causal_mask, full_mask, hide_beyond, keep_mask, positions
+from .masks import PackedMask, causal_mask, full_mask, hide_beyond, keep_mask, positions
 from .paddlenlp_generate import AquilaGeneration
 from .pretrained import AquilaPretrainedModel
+from .rotary import RotaryEmbedding
 
 IGNORE = -100  # a label that is not trained on
 HALF = (paddle.float16, paddle.bfloat16)
@@ -44,47 +44,6 @@ class RMSNorm(nn.Layer):
 
     def forward(self, x):
         return self.rms_norm(x, self.weight, self.eps)
-
-
-class RotaryEmbedding:
-    """Angles of the rotary embedding: fp32 always, also in a half-precision model.
-
-    Linear scaling divides positions by the factor. Dynamic NTK stretches the base once the keys are longer than
-    max_position_embeddings; here it is a function of the key length alone, so a long input leaves no trace.
-    """
-
-    def __init__(self, config: AquilaConfig):
-        self.head_dim = config.head_dim
-        self.base = config.rope_theta
-        self.max_positions = config.max_position_embeddings
-        scaling = config.rope_scaling or {"type": "none", "factor": 1.0}
-        self.type, self.factor = scaling["type"], scaling["factor"]
-        self._made = None, None  # the last frequencies and what for, so that a decoding step need not make them
-
-    def __call__(self, position_ids, key_length: int):
-        """position_ids [B, T] -> cos, sin [B, T, 1, H], fp32; attention casts them to what it computes in."""
-        positions = position_ids.astype("float32")
-        if self.type == "linear":
-            positions = positions / self.factor
-        angles = positions.unsqueeze(-1) * self.inverse_frequencies(key_length)  # [B, T, H/2]
-        angles = paddle.concat([angles, angles], axis=-1).unsqueeze(2)  # [B, T, 1, H]
-        return paddle.cos(angles), paddle.sin(angles)
-
-    def inverse_frequencies(self, key_length: int):
-        """1 / base ** (2i / H), float32 [H/2]."""
-        base, d = self.base, self.head_dim
-        if self.type == "dynamic" and key_length > self.max_positions:
-            stretch = self.factor * key_length / self.max_positions - (self.factor - 1)
-            base = base * stretch ** (d / (d - 2))
-        what_for = base, paddle.device.get_device()
-        made_for, made = self._made
-        if made_for != what_for:
-            exponents = np.arange(0, d, 2, dtype=np.float32) / np.float32(d)
-            # The power in double, rounded once: what a correctly rounded fp32 power gives.
-            powers = np.power(base, exponents.astype(np.float64)).astype(np.float32)
-            made = paddle.to_tensor(np.float32(1) / powers)
-            self._made = what_for, made  # one assignment: threads with other lengths may do the same
-        return made
 
 
 class Attention(nn.Layer):
@@ -120,6 +79,8 @@ class Attention(nn.Layer):
             y, weights = attention_with_weights(q, k, v, mask)  # [B, T, N, H]
         elif cache is not None:
             y, weights = cache.attend(self.layer, q, k, v, mask, self.ops.attention), None
+        elif isinstance(mask, PackedMask):
+            y, weights = self.ops.packed_attention(q, k, v, mask), None
         else:
             y, weights = self.ops.attention(q, k, v, mask), None
         return self.o_proj(y.reshape([B, T, self.N * self.H])), weights
@@ -198,6 +159,7 @@ class AquilaModel(AquilaPretrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        segment_ids=None,
     ):
         """Run the decoder.
 
@@ -207,6 +169,8 @@ class AquilaModel(AquilaPretrainedModel):
             attention_mask: [B, S] of 1/0 or booleans for all S keys, cached ones included;
                 3-D [B, T, S] and 4-D [B, 1, T, S] masks are taken as final.
             past_key_values: a KVCache (appended in place), or PaddleNLP's tuple of (k, v) [B, S, K, H].
+            segment_ids: int [B, T] for rows that hold several samples: another number for each. They do not see each
+                other, and positions count from the begin of each; in place of attention_mask and a cache.
             use_cache: return the cache; default is the config's in evaluation, False in training.
 
         Returns:
@@ -223,9 +187,17 @@ class AquilaModel(AquilaPretrainedModel):
         recomputing = self.enable_recompute and self.training and paddle.is_grad_enabled() and not output_attentions
         if recomputing and (use_cache or past_key_values is not None):
             raise AquilaError("Recompute runs each layer twice and cannot fill a cache; pass use_cache=False.")
+        use_cache = False if use_cache is None and segment_ids is not None else use_cache
         cache, in_tuples = self._cache(past_key_values, use_cache)
         S = x.shape[1] + (cache.length if cache is not None else 0)
-        mask, cos, sin = self._mask_and_angles(x, attention_mask, position_ids, cache, S)
+        if segment_ids is None:
+            mask, cos, sin = self._mask_and_angles(x, attention_mask, position_ids, cache, S)
+        elif attention_mask is None and cache is None:
+            packed = PackedMask(segment_ids)
+            cos, sin = self.rotary(packed.positions if position_ids is None else position_ids, packed.lengths)
+            mask = packed.full() if output_attentions else packed
+        else:
+            raise AquilaError("segment_ids say who sees whom: pass neither attention_mask nor a cache with them.")
 
         hidden_states, attentions = [], []
         for layer in self.layers:
@@ -345,6 +317,7 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        segment_ids=None,
     ):
         """Logits [B, T, V] in fp32, of the last `logits_to_keep` positions only when that is not 0.
 
@@ -365,6 +338,7 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            segment_ids=segment_ids,
         )
         x = output.last_hidden_state  # [B, T, D]
         logits = self.logits(x[:, -logits_to_keep:] if logits_to_keep else x)

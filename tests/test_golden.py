@@ -10,7 +10,7 @@ from twins import adamw, assert_close, fill, gradient_norm, is_projection, paddl
 
 from aquila_pd import AquilaConfig, AquilaForCausalLM
 from aquila_pd.fusion_ops import rms_norm, rope
-from aquila_pd.modeling import RotaryEmbedding
+from aquila_pd.rotary import RotaryEmbedding
 
 MODELS = ("tiny-7b", "tiny-34b", "tiny-16k", "tiny-ntk", "tiny-tied")
 LOGITS = HIDDEN = 1e-4

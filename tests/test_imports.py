@@ -24,7 +24,7 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
 )
 MODEL = (
     {"configuration", "masks", "cache", "tokenizer", "tokenizer_chat"},
-    {"fusion_ops"},
+    {"fusion_ops", "rotary"},
     {"paddlenlp_generate"},
     {"model_files"},
     {"pretrained"},
@@ -45,7 +45,7 @@ ALLOWED = {
     ("checkpoint.verify.logits", "modeling"): "the proof by logits runs the Paddle model",
     **{
         ("checkpoint.verify.paddle_side", name): "the proof layer by layer runs the Paddle model's layers"
-        for name in ("configuration", "fusion_ops", "masks", "modeling")
+        for name in ("configuration", "fusion_ops", "masks", "modeling", "rotary")
     },
 }
 # Below the model, and yet each made of a framework: imported inside a function, when a proof runs both.

@@ -12,7 +12,8 @@ from ... import shards
 from ...configuration import AquilaConfig
 from ...fusion_ops import select
 from ...masks import causal_mask, keep_mask
-from ...modeling import DecoderLayer, RMSNorm, RotaryEmbedding
+from ...modeling import DecoderLayer, RMSNorm
+from ...rotary import RotaryEmbedding
 from ...shards import TensorInfo
 from ...weight_map import EMBEDDING, FINAL_NORM, HEAD, L, Row
 from ..pipeline import count_workers
