@@ -116,7 +116,7 @@ def test_attentions_of_a_packed_row_can_be_looked_at():
     shown = made(ids, segment_ids=segments, output_attentions=True, return_dict=True)
     assert_close(shown.logits, made(ids, segment_ids=segments, return_dict=True).logits.numpy(), 1e-5)
     weights, allowed = shown.attentions[0].numpy()[0], PackedMask(segments).full().numpy()[0, 0]
-    assert (weights[:, ~allowed] == 0).all()
+    assert weights[:, ~allowed].max() < 1e-20  # Paddle's CPU softmax ends at exp(-64) in place of zero
     assert_close(weights.sum(axis=-1), np.ones(weights.shape[:2]), 1e-5)
 
 
