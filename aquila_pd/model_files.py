@@ -45,6 +45,14 @@ def load_weights(model: nn.Layer, folder: Path) -> None:
             model._init_weights(model.score)
 
 
+def check_plain(model: nn.Layer) -> None:
+    """Raise AquilaError for a model whose layers stand for its weights in another form: such a layer says in
+    `cannot_save` what it is and what to do, and a folder of the rest would pass for the model."""
+    found = sorted({layer.cannot_save for layer in model.sublayers() if hasattr(layer, "cannot_save")})
+    if found:
+        raise AquilaError(f"This model cannot be saved as it is. It has {'; and '.join(found)}.")
+
+
 def save_weights(model: nn.Layer, folder: Path, max_shard_size: str | int) -> None:
     """Write all parameters of a model into a folder, under the names of the weight table."""
     state = model.state_dict()

@@ -20,7 +20,7 @@ from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 from .configuration import AquilaConfig
 from .errors import CheckpointError, ConfigError, OutputError, report
 from .fusion_ops import FusedLinear, fuse, unfuse
-from .model_files import NEW_HEAD, PREFIX, SAFETENSORS, load_weights, save_weights
+from .model_files import NEW_HEAD, PREFIX, SAFETENSORS, check_plain, load_weights, save_weights
 from .shards import DEFAULT_SHARD_SIZE
 from .weight_map import BASE_MODEL_PREFIX, weights
 
@@ -141,7 +141,9 @@ class AquilaPretrainedModel(PretrainedModel):
         max_shard_size: "5GB" by default. safe_serialization=False gives PaddleNLP's .pdparams. So do calls of its
         Trainer, whose plain checkpoints it can read in no other form (unified_checkpoint=True writes safetensors);
         a state_dict, a variant and parts of tensor parallelism are PaddleNLP's to save, too.
+        Raises AquilaError for a model with adapters or with quantized layers.
         """
+        check_plain(self)
         theirs = kwargs.keys() & {"state_dict", "config_to_save", "save_function", "merge_tensor_parallel"}
         if args or theirs or kwargs.get("variant") or not safe_serialization or self.config.tensor_parallel_degree > 1:
             safe = safe_serialization and not theirs
