@@ -1,0 +1,385 @@
+"""Order and packing: every sample exactly as often as its weight says, hardly any padding, the same everywhere."""
+
+import multiprocessing
+import shutil
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aquila_pd.errors import DataError
+from aquila_pd.sft.data import order, packing
+from aquila_pd.sft.data.order import Permutation, draw, phases_of, times_seen
+from aquila_pd.sft.data.packing import IGNORED, Plan, best_fit, pack_arrays, plan_epoch
+from aquila_pd.sft.data.samples import RECORD, Samples, SamplesWriter
+
+
+def write_samples(folder: Path, lengths: list[int], *, weights: list[float] | None = None, seed: int = 0) -> Samples:
+    """Samples of random ids from 1 on, of which about half are targets; sample i comes from row i + 1."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    with SamplesWriter(folder) as writer:
+        for i, length in enumerate(lengths):
+            ids, is_target = generator.integers(1, 1000, length), generator.random(length) < 0.5
+            writer.add(ids, is_target, file=0, row=i + 1, weight=weights[i] if weights else 1.0)
+        writer.finish(["rows.jsonl"])
+    return Samples.open(folder)
+
+
+def lengths_like_rows(count: int, *, seed: int = 1, most: int = 2048) -> np.ndarray:
+    """Lengths as rows of conversations have them: most short, a few very long."""
+    drawn = np.random.default_rng(seed).lognormal(5.4, 1.0, count)
+    return np.clip(drawn, 8, most).astype(np.int64)
+
+
+def records(count: int, weight: float = 1.0) -> np.ndarray:
+    made = np.zeros(count, RECORD)
+    made["row"], made["weight"] = np.arange(count) + 1, weight
+    return made
+
+
+def seen(plan: Plan) -> Counter:
+    return Counter(int(number) for i in range(len(plan)) for number in plan.members(i))
+
+
+# --------------------------------------------------------------------------------------------------------- order
+
+
+@given(count=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
+@settings(max_examples=50, deadline=None)
+def test_a_permutation_holds_every_number_once_and_any_stretch_of_it_is_the_same(count, key):
+    permutation = Permutation(count, key)
+    whole = permutation.at(0, count)
+    assert sorted(whole) == list(range(count))
+    begin, end = count // 3, count // 2
+    assert np.array_equal(permutation.at(begin, end), whole[begin:end])
+
+
+def test_a_permutation_is_the_same_on_every_machine():
+    assert Permutation(10, 7).at(0, 10).tolist() == [0, 3, 4, 7, 2, 9, 6, 5, 1, 8]
+    many = Permutation(7_449_106, 20231121).at(7_000_000, 7_000_004)
+    assert many.tolist() == [314827, 3066102, 2984295, 2972804]
+
+
+def test_every_number_comes_to_every_place_equally_often():
+    count, keys = 20, 2000
+    places = np.array([Permutation(count, key).at(0, count) for key in range(keys)])  # [keys, count]
+    expected = keys / count
+    for place in range(count):
+        squares = ((np.bincount(places[:, place], minlength=count) - expected) ** 2 / expected).sum()
+        assert squares < 50, "chi-square of 19 degrees of freedom: 1 in 10,000 is above"
+    pairs = Counter(zip(places[:, 0].tolist(), places[:, 1].tolist(), strict=True))
+    assert len(pairs) > 0.98 * 20 * 19 and max(pairs.values()) < 4 * keys / (20 * 19)
+
+
+def test_neighbours_in_the_files_are_no_neighbours_in_the_order():
+    shuffled = Permutation(100_000, 3).at(0, 100_000)
+    assert abs(np.corrcoef(np.arange(100_000), shuffled)[0, 1]) < 0.02
+    assert np.count_nonzero(np.diff(shuffled) == 1) < 10
+
+
+@given(weight=st.floats(0.01, 30), epochs=st.integers(1, 40))
+def test_weights_are_exact_over_epochs(weight, epochs):
+    phases = phases_of(np.zeros(200, int), np.arange(200), 5)
+    weights = np.full(200, weight)
+    each = [times_seen(weights, phases, epoch) for epoch in range(epochs)]
+    assert all(((times >= np.floor(weight - 1e-5)) & (times <= np.ceil(weight + 1e-5))).all() for times in each)
+    assert np.abs(sum(each) - weight * epochs).max() < 1 + 1e-4 * epochs
+
+
+def test_a_weight_of_two_and_a_half_is_twice_and_other_halves_once_more():
+    epochs = [
+        np.bincount(np.concatenate(list(draw(records(3000, 2.5), seed=1, epoch=e))), minlength=3000) for e in (0, 1)
+    ]
+    assert set(epochs[0]) == {2, 3} and (epochs[0] + epochs[1] == 5).all()
+    assert 1350 < np.count_nonzero(epochs[0] == 3) < 1650
+
+
+def test_the_parts_of_a_row_are_seen_equally_often():
+    made = records(4000, 0.5)
+    made["row"] = np.arange(4000) // 4  # four parts a row
+    times = np.bincount(np.concatenate(list(draw(made, seed=2, epoch=0))), minlength=4000).reshape(1000, 4)
+    assert (times == times[:, :1]).all() and set(times[:, 0]) == {0, 1}
+
+
+def test_drawing_costs_no_memory_of_the_number_of_samples(monkeypatch):
+    monkeypatch.setattr(order, "CHUNK", 100)
+    pieces = list(draw(records(1050, 1.5), seed=0, epoch=3))
+    assert max(map(len, pieces)) <= 100 and len(pieces) == 21  # of 2 * 1050 copies
+    assert sum(map(len, pieces)) == pytest.approx(1575, abs=60)
+
+
+# ------------------------------------------------------------------------------------------------------ best fit
+
+
+@given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=300))
+@settings(deadline=None)
+def test_every_sample_is_in_one_pack_and_no_pack_is_over_full(lengths):
+    lengths = np.array(lengths)
+    members, ends = best_fit(lengths, 64)
+    assert sorted(members) == list(range(len(lengths)))
+    packs = np.split(members, ends[:-1])
+    sizes = [lengths[pack].sum() for pack in packs]
+    assert all(0 < size <= 64 for size in sizes)
+    # best fit leaves no two packs that would fit into one
+    assert len(sizes) == 1 or sum(sorted(sizes)[:2]) > 64
+
+
+def test_best_fit_is_best_fit():
+    members, ends = best_fit(np.array([4, 7, 3, 6, 5, 3, 2]), 10)
+    assert [pack.tolist() for pack in np.split(members, ends[:-1])] == [[1, 2], [3, 0], [4, 5, 6]]
+
+
+def test_of_the_packs_with_room_the_fullest_is_taken():
+    members, ends = best_fit(np.array([6, 8, 2, 4]), 10)
+    assert [pack.tolist() for pack in np.split(members, ends[:-1])] == [[1, 2], [0, 3]]
+
+
+# --------------------------------------------------------------------------------------------------------- plans
+
+
+def test_a_plan_holds_every_sample_once_in_another_order_each_epoch(tmp_path):
+    samples = write_samples(tmp_path / "samples", lengths_like_rows(800, most=300).tolist())
+    plans = [plan_epoch(samples, length=300, seed=5, epoch=e, folder=tmp_path / "plans") for e in (0, 1)]
+    for plan in plans:
+        assert seen(plan) == Counter(range(800))
+        sizes = [samples.lengths[plan.members(i)].sum() for i in range(len(plan))]
+        assert sizes == plan.token_counts.tolist() and max(sizes) <= 300
+        assert plan.target_counts.tolist() == [samples.target_counts[plan.members(i)].sum() for i in range(len(plan))]
+        assert plan.padding_share == pytest.approx(1 - sum(sizes) / (300 * len(plan)))
+    assert plans[0].members(0).tolist() != plans[1].members(0).tolist()
+
+
+def test_weights_count_how_often_a_sample_is_in_an_epoch(tmp_path):
+    weights = [(0.5, 1.0, 2.0, 3.5)[i % 4] for i in range(400)]
+    samples = write_samples(tmp_path / "samples", [5 + i % 30 for i in range(400)], weights=weights)
+    counts = sum(
+        (seen(plan_epoch(samples, length=64, seed=0, epoch=e, folder=tmp_path / "p")) for e in (0, 1)), Counter()
+    )
+    assert all(counts[i] == 2 * weights[i] for i in range(400))
+
+
+def test_several_windows_lose_nothing_between_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 70)
+    monkeypatch.setattr(order, "CHUNK", 64)
+    samples = write_samples(tmp_path / "samples", lengths_like_rows(500, most=200).tolist())
+    plan = plan_epoch(samples, length=256, seed=1, epoch=0, folder=tmp_path / "plans")
+    assert seen(plan) == Counter(range(500))
+    assert plan.token_counts.tolist() == [samples.lengths[plan.members(i)].sum() for i in range(len(plan))]
+
+
+def test_packs_do_not_stand_in_the_order_of_their_filling(tmp_path):
+    samples = write_samples(tmp_path / "samples", lengths_like_rows(2000, most=400).tolist())
+    plan = plan_epoch(samples, length=400, seed=1, epoch=0, folder=tmp_path / "plans")
+    longest = [samples.lengths[plan.members(i)].max() for i in range(len(plan))]
+    assert abs(np.corrcoef(np.arange(len(plan)), longest)[0, 1]) < 0.2
+
+
+def test_the_same_inputs_give_the_same_bytes_and_other_inputs_others(tmp_path):
+    lengths = lengths_like_rows(300, most=100).tolist()
+
+    def bytes_of(name: str, *, lengths=lengths, seed: int = 3, epoch: int = 2, length: int = 128) -> str:
+        samples = write_samples(tmp_path / name / "samples", lengths)
+        plan_epoch(samples, length=length, seed=seed, epoch=epoch, folder=tmp_path / name / "plans")
+        (place,) = (tmp_path / name / "plans").iterdir()
+        return sha256(b"".join((place / file).read_bytes() for file in ("members.bin", "packs.bin"))).hexdigest()
+
+    made = bytes_of("a")
+    assert made == bytes_of("b")
+    others = [
+        bytes_of("c", seed=4),
+        bytes_of("d", epoch=3),
+        bytes_of("e", length=127),
+        bytes_of("f", lengths=lengths[1:]),
+    ]
+    assert len({made, *others}) == 5
+
+
+def test_a_plan_is_made_once_and_found_again(tmp_path, monkeypatch):
+    samples = write_samples(tmp_path / "samples", [10] * 50)
+    first = plan_epoch(samples, length=32, seed=0, epoch=0, folder=tmp_path / "plans")
+    monkeypatch.setattr(packing, "_build", lambda *a: pytest.fail("made twice"))
+    again = plan_epoch(samples, length=32, seed=0, epoch=0, folder=tmp_path / "plans")
+    assert [again.members(i).tolist() for i in range(len(again))] == [
+        first.members(i).tolist() for i in range(len(first))
+    ]
+
+
+def test_a_damaged_plan_is_made_again(tmp_path, caplog):
+    samples = write_samples(tmp_path / "samples", [10] * 50)
+    plan_epoch(samples, length=32, seed=0, epoch=0, folder=tmp_path / "plans")
+    (place,) = (tmp_path / "plans").iterdir()
+    good = (place / "members.bin").read_bytes()
+    (place / "members.bin").write_bytes(good[:-8])
+    with caplog.at_level("WARNING", "aquila_pd"):
+        plan_epoch(samples, length=32, seed=0, epoch=0, folder=tmp_path / "plans")
+    assert (place / "members.bin").read_bytes() == good and "damaged: made again" in caplog.text
+
+
+def test_a_failed_plan_leaves_nothing(tmp_path, monkeypatch):
+    samples = write_samples(tmp_path / "samples", [10] * 50)
+    monkeypatch.setattr(packing, "sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        plan_epoch(samples, length=32, seed=0, epoch=0, folder=tmp_path / "plans")
+    assert list((tmp_path / "plans").iterdir()) == []
+
+
+def _plan(folder: Path) -> list:
+    plan = plan_epoch(Samples.open(folder / "samples"), length=64, seed=0, epoch=0, folder=folder / "plans")
+    return [plan.members(i).tolist() for i in range(len(plan))]
+
+
+def test_processes_that_ask_at_once_get_the_same_plan(tmp_path):
+    write_samples(tmp_path / "samples", lengths_like_rows(3000, most=64).tolist())
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        first, *others = pool.map(_plan, [tmp_path] * 4)
+    assert all(other == first for other in others)
+    assert len(list((tmp_path / "plans").iterdir())) == 1
+
+
+def test_a_sample_longer_than_a_pack_is_an_error_and_so_is_nothing(tmp_path):
+    samples = write_samples(tmp_path / "samples", [10, 33])
+    with pytest.raises(DataError, match="up to 33 tokens, and packs shall have 32"):
+        plan_epoch(samples, length=32, seed=0, epoch=0, folder=tmp_path / "plans")
+    with pytest.raises(DataError, match="holds no samples"):
+        plan_epoch(write_samples(tmp_path / "none", []), length=32, seed=0, epoch=0, folder=tmp_path / "plans")
+    light = write_samples(tmp_path / "light", [10], weights=[1e-5])
+    with pytest.raises(DataError, match="weights are so small"):
+        plan_epoch(light, length=32, seed=0, epoch=0, folder=tmp_path / "plans")
+
+
+@pytest.mark.parametrize("length", [2048, 4096])
+def test_padding_is_at_most_one_percent_for_lengths_like_those_of_rows(tmp_path, length):
+    samples = write_samples(tmp_path / "samples", lengths_like_rows(5000, most=length).tolist())
+    assert plan_epoch(samples, length=length, seed=0, epoch=0, folder=tmp_path / "plans").padding_share < 0.01
+
+
+def test_control_first_come_first_served_would_pad_more():
+    lengths = lengths_like_rows(5000)
+    packs, room = 0, 0
+    for size in lengths:
+        room, packs = (room - size, packs) if size <= room else (2048 - size, packs + 1)
+    assert 1 - lengths.sum() / (2048 * packs) > 0.05
+
+
+def test_a_million_samples_are_packed(tmp_path):
+    lengths = lengths_like_rows(1_000_000, most=4096)
+    made = records(len(lengths))
+    made["length"] = made["targets"] = lengths
+
+    class Made:
+        folder, digest, manifest, records = tmp_path, "made", {"longest": 4096}, made
+        __len__ = lambda self: len(lengths)  # noqa: E731
+
+    plan = plan_epoch(Made(), length=4096, seed=0, epoch=0, folder=tmp_path)
+    assert plan.padding_share < 0.01
+    assert np.array_equal(np.sort(plan._members), np.arange(len(lengths)))
+
+
+# -------------------------------------------------------------------------------------------------------- arrays
+
+
+def test_a_pack_is_as_the_drawing_says(tmp_path):
+    (tmp_path / "samples").mkdir()
+    with SamplesWriter(tmp_path / "samples") as writer:
+        for row, (ids, marks) in enumerate(
+            (([10, 11, 12, 13, 14], "00011"), ([20, 21, 22, 23], "0011"), ([30, 31], "01"))
+        ):
+            writer.add(np.array(ids), np.array([mark == "1" for mark in marks]), file=0, row=row + 1)
+        writer.finish(["rows.jsonl"])
+    arrays = pack_arrays(Samples.open(tmp_path / "samples"), np.array([0, 1, 2]), 12, pad_id=9)
+    x = IGNORED
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "input_ids": [10, 11, 12, 13, 14, 20, 21, 22, 23, 30, 31, 9],
+        "labels": [x, x, 13, 14, x, x, 22, 23, x, 31, x, x],
+        "position_ids": [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0],
+        "segment_ids": [1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 0],
+    }
+    assert all(array.dtype == np.int64 and array.shape == (12,) for array in arrays.values())
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_no_label_crosses_samples_and_the_counts_are_the_labels(tmp_path_factory, seed):
+    folder = tmp_path_factory.mktemp("arrays")
+    lengths = np.random.default_rng(seed).integers(1, 40, 60).tolist()
+    samples = write_samples(folder / "samples", lengths, seed=seed)
+    plan = plan_epoch(samples, length=40, seed=seed, epoch=0, folder=folder / "plans")
+    for i in range(len(plan)):
+        arrays = pack_arrays(samples, plan.members(i), 40)
+        learned = np.flatnonzero(arrays["labels"] != IGNORED)
+        assert len(learned) == plan.target_counts[i]
+        segments = arrays["segment_ids"]
+        assert (segments[learned] == segments[learned + 1]).all() if len(learned) else True
+        assert (arrays["labels"][learned] == arrays["input_ids"][learned + 1]).all() if len(learned) else True
+        assert (segments > 0).sum() == plan.token_counts[i]
+    shutil.rmtree(folder)
+
+
+# --------------------------------------------------------------------------------------------------- samples, files
+
+
+def test_samples_are_read_as_they_were_written(tmp_path):
+    samples = write_samples(tmp_path / "samples", [3, 1, 7], weights=[1, 2, 0.5])
+    generator = np.random.default_rng(0)
+    for i, length in enumerate((3, 1, 7)):
+        ids, is_target = samples.sample(i)
+        assert ids.tolist() == generator.integers(1, 1000, length).tolist()
+        assert is_target.tolist() == (generator.random(length) < 0.5).tolist()
+        assert ids.dtype == np.int32 and is_target.dtype == np.bool_
+        assert samples.target_counts[i] == is_target[1:].sum()
+        assert samples.origin(i) == ("rows.jsonl", i + 1, 0)
+    assert samples.lengths.tolist() == [3, 1, 7] and samples.lengths.dtype == np.int64
+    assert samples.records["weight"].tolist() == [1, 2, 0.5]
+    assert samples.manifest["samples"] == 3 and samples.manifest["tokens"] == 11 and samples.manifest["longest"] == 7
+
+
+def test_unfinished_samples_are_refused(tmp_path):
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    with pytest.raises(RuntimeError), SamplesWriter(folder) as writer:
+        writer.add(np.array([1, 2]), np.array([False, True]), file=0, row=1)
+        raise RuntimeError
+    with pytest.raises(DataError, match="unfinished"):
+        Samples.open(folder)
+    with pytest.raises(DataError, match="is not there"):
+        Samples.open(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "targets.bin", "samples.bin"])
+def test_damaged_samples_are_refused_by_size_and_when_asked_by_content(tmp_path, name):
+    folder = write_samples(tmp_path / "samples", [3, 1, 7]).folder
+    good = (folder / name).read_bytes()
+    (folder / name).write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    Samples.open(folder)
+    with pytest.raises(DataError, match=f"{name} has other bytes"):
+        Samples.open(folder, verify=True)
+    (folder / name).write_bytes(good[:-1])
+    with pytest.raises(DataError, match=rf"{name} has \d+ bytes, not {len(good)}"):
+        Samples.open(folder)
+    (folder / name).unlink()
+    with pytest.raises(DataError, match=f"{name} is missing"):
+        Samples.open(folder)
+
+
+def test_a_manifest_of_something_else_is_refused(tmp_path):
+    folder = write_samples(tmp_path / "samples", [3]).folder
+    text = (folder / "samples.json").read_text()
+    (folder / "samples.json").write_text(text.replace('"version": 1', '"version": 99'))
+    with pytest.raises(DataError, match="another version"):
+        Samples.open(folder)
+    (folder / "samples.json").write_text('{"version": 1}')
+    with pytest.raises(DataError, match="does not say what the files hold"):
+        Samples.open(folder)
+    (folder / "samples.json").write_text(text.replace('"tokens": 3', '"tokens": 4'))
+    with pytest.raises(DataError, match=r"contradicts itself about tokens\.bin"):
+        Samples.open(folder)
+
+
+def test_equal_samples_have_equal_digests(tmp_path):
+    a, b, c = (write_samples(tmp_path / n, lengths) for n, lengths in (("a", [3, 1]), ("b", [3, 1]), ("c", [3, 2])))
+    assert a.digest == b.digest != c.digest
