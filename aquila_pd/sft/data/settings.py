@@ -33,7 +33,7 @@ class Source:
 class DataSpec:
     """The rows of one stage. Raises DataError that names every value that cannot be.
 
-    train: what is trained on. held_out: the share of its rows kept for evaluation, chosen by a hash of seed and content.
+    train: what is trained on. held_out: the share of its rows kept for evaluation, by a hash of seed and content.
     evaluate: files of their own for evaluation; a row of them that is in `train` too is not trained on.
     overlong: what becomes of a sample longer than a pack (split: cut at turn borders, every part trained on).
     max_bad_lines: lines that cannot be read before the run stops.
@@ -73,6 +73,8 @@ def _wrong_with_sources(spec: DataSpec) -> Iterator[str]:
             yield from _wrong_choice(f"{where}.format", source.format, FORMATS)
             if not _is_number(source.weight) or not 0 < source.weight <= HEAVIEST:
                 yield f"{where}.weight: {shown_value(source.weight)} is no number above 0 and up to {HEAVIEST:,.0f}"
+            elif name == "evaluate" and source.weight != 1:
+                yield f"{where}.weight: rows for evaluation are seen once; leave the weight out"
 
 
 def _wrong_with_values(spec: DataSpec) -> Iterator[str]:
