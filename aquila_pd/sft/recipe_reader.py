@@ -146,13 +146,17 @@ class Reader:
     def _found_inside(self, node: Node, line: str) -> None:
         """A finding of a dataclass, "train.0.weight: ...", with the path and the line of what it is about."""
         name, colon, what = line.partition(": ")
-        while colon and name:
-            key, _, name = name.partition(".")
-            inside = node.content[int(key)] if isinstance(node.content, list) and key.isdecimal() else node.get(key)
-            if inside is None:
+        keys_left = name.split(".") if colon else []
+        while keys_left:
+            key = keys_left[0]
+            if isinstance(node.content, list) and key.isdecimal():
+                node = node.content[int(key)]
+            elif node.get(key) is not None:
+                node = node.get(key)
+            elif key != "0":  # the one value that stands for a list of one
                 break
-            node = inside
-        self.found(node.path, what if colon else line, node)
+            keys_left.pop(0)
+        self.found(".".join([node.path, *keys_left]), what if colon else line, node)
 
     def _tuple(self, kinds: tuple, node: Node, about: Mapping) -> Any:
         """A list; where any number may be, one value alone is a list of one."""
