@@ -1,62 +1,87 @@
 """curve.png: the loss of a whole run in one picture, drawn from log.jsonl."""
 
 import io
-import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .jsonl import read_log
 
 NAME = "curve.png"
 SMOOTHED_OVER = 40  # the smoothed line averages over about this part of all steps
+FEW = 20
 SIZE = (9, 5)  # inches, of 120 dots
 STEPS, SMOOTH, EVAL, BORDER = "#9db7d5", "#1f4e8c", "#c8501e", "#888888"
+
+
+@dataclass
+class Curve:
+    """One stage. begin: steps of the stages before it; steps, evals: step of the whole run -> loss."""
+
+    begin: int
+    steps: dict[int, float] = field(default_factory=dict)
+    evals: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        return max([self.begin, *self.steps, *self.evals])
 
 
 def draw_curve(log: Path, picture: Path, *, stages: Sequence[str]) -> bool:
     """Draw the losses of a log; false when there is none in it. Whole or not there.
 
-    Steps are counted through all stages, with a line and a name where a stage begins.
+    Steps are counted through all stages, with a line and a name where a stage begins; lines end with their stage,
+    because the next one has other rows.
     """
-    steps, losses, evals, borders = _read(log, stages)
-    if not losses:
+    curves = read_curves(log, stages)
+    if not any(curve.steps for curve in curves.values()):
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=SIZE, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(steps, losses, color=STEPS, linewidth=0.8, label="training, each step", zorder=2)
-    axes.plot(steps, smoothed(losses), color=SMOOTH, linewidth=2, label="training, smoothed", zorder=3)
-    if evals:
-        axes.plot(*zip(*evals, strict=True), "o-", color=EVAL, markersize=5, linewidth=1, label="evaluation", zorder=4)
-    for name, begin in borders:
-        if begin:
-            axes.axvline(begin, color=BORDER, linewidth=1, linestyle=":", zorder=1)
-        if len(borders) > 1:
-            axes.annotate(
-                name,
-                (begin, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(4, -4),
-                textcoords="offset points",
-                va="top",
-                color=BORDER,
-                fontsize=9,
-            )
-    axes.set(xlabel="step", ylabel="loss", xlim=(0, max(steps[-1], 2)))
+    longest = max(len(curve.steps) for curve in curves.values())
+    for name, curve in curves.items():
+        _draw(axes, curve, kept=1 - 1 / max(longest / SMOOTHED_OVER, 1), name=name if len(curves) > 1 else "")
+    axes.set(xlabel="step", ylabel="loss", xlim=(0, 1.01 * max(curve.end for curve in curves.values()) + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    named = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # each once, not once for each stage
+    axes.legend(named.values(), named.keys(), frameon=False, loc="upper right")
     _write(figure, picture)
     return True
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """A running average in which recent values count more, true from the first one on."""
-    kept = 1 - 1 / max(len(values) / SMOOTHED_OVER, 1)
+def _draw(axes, curve: Curve, *, kept: float, name: str) -> None:
+    steps, losses = list(curve.steps), list(curve.steps.values())
+    few = "." if len(steps) < FEW else None  # a line of one point is none
+    axes.plot(steps, losses, color=STEPS, linewidth=0.8, marker=few, label="training, each step", zorder=2)
+    axes.plot(steps, smoothed(losses, kept), color=SMOOTH, linewidth=2, label="training, smoothed", zorder=3)
+    if curve.evals:
+        points = list(curve.evals), list(curve.evals.values())
+        axes.plot(*points, "o-", color=EVAL, markersize=5, linewidth=1, label="evaluation", zorder=4)
+    if curve.begin:
+        axes.axvline(curve.begin, color=BORDER, linewidth=1, linestyle=":", zorder=1)
+    if name:
+        axes.annotate(
+            name,
+            (curve.begin, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -4),
+            textcoords="offset points",
+            va="top",
+            color=BORDER,
+            fontsize=9,
+        )
+
+
+def smoothed(values: Sequence[float], kept: float) -> list[float]:
+    """A running average of which `kept` stays with each value, true from the first one on."""
     total = weight = 0.0
     found = []
     for value in values:
@@ -65,21 +90,18 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return found
 
 
-def _read(log: Path, stages: Sequence[str]) -> tuple[list[int], list[float], list[tuple[int, float]], list]:
-    """Steps counted through all stages, their losses, (step, loss) of evaluations, (name, step before) of stages."""
-    steps: dict[int, float] = {}
-    evals: dict[int, float] = {}
-    begins: dict[str, int] = {}
+def read_curves(log: Path, stages: Sequence[str]) -> dict[str, Curve]:
+    """The losses of each stage there is something of, in their order; what is no number has no place in them."""
+    curves: dict[str, Curve] = {}
     last = 0
     for record in read_log(log):
-        stage = record.get("stage")
-        if stage not in stages:
+        if record.get("stage") not in stages:
             continue
-        begin = begins.setdefault(stage, last)
-        if record["kind"] in ("step", "eval") and isinstance(record["loss"], float) and math.isfinite(record["loss"]):
-            (steps if record["kind"] == "step" else evals)[begin + record["step"]] = record["loss"]
-            last = max(last, begin + record["step"])
-    return list(steps), list(steps.values()), list(evals.items()), list(begins.items())
+        curve = curves.setdefault(record["stage"], Curve(last))
+        if record["kind"] in ("step", "eval") and isinstance(record["loss"], float):
+            (curve.steps if record["kind"] == "step" else curve.evals)[curve.begin + record["step"]] = record["loss"]
+            last = curve.end
+    return curves
 
 
 def _write(figure, picture: Path) -> None:

@@ -5,6 +5,7 @@ from typing import TextIO
 from .records import EvalRecord, Reported, StageInfo
 from .words import eval_line, left_words, stage_lines, step_line, step_words
 
+NAME_WIDTH, LEFT_WIDTH = 20, 16  # characters of a stage's name, and of "10 h 59 min left"
 PER_SECOND = 8  # times the bar is drawn at most
 
 
@@ -45,7 +46,7 @@ class Bar:
     """Two lines that stay at the bottom; what is said goes above them.
 
     chat ━━━━━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━  240/400  loss 1.2345  3 min 5 s left
-      lr 8.10e-06  grad 0.84  1,234 tok/s  pad 0.4%  MFU 41%  61.2 GiB
+      lr 8.10e-06  grad 0.840  1,234 tok/s each  pad 0.4%  MFU 41%  GPU 61.2 GiB
     """
 
     def __init__(self, console):
@@ -95,9 +96,15 @@ def _panel(reported: Reported):
     from rich.text import Text
 
     record = reported.record
+    bar = ProgressBar(
+        total=record.steps, completed=record.step, complete_style="cyan", finished_style="green", style="bright_black"
+    )
+    # as wide on every step, so that the bar's length does not tremble
+    counts = f"{record.step:>{len(str(record.steps))}}/{record.steps}"
+    words = f" {counts}  loss {record.loss:.4f}  {left_words(reported):<{LEFT_WIDTH}}"
     row = Table.grid(padding=(0, 1), expand=True)
-    for ratio in (None, 1, None):
-        row.add_column(ratio=ratio, no_wrap=True)
-    counts = f" {record.step:,}/{record.steps:,}  loss {record.loss:.4f}  {left_words(reported)}"
-    row.add_row(record.stage, ProgressBar(total=record.steps, completed=record.step), counts.rstrip())
+    row.add_column(max_width=NAME_WIDTH, no_wrap=True, overflow="ellipsis")
+    row.add_column(ratio=1, no_wrap=True)
+    row.add_column(no_wrap=True)
+    row.add_row(record.stage, bar, words)
     return Group(row, Text("  " + "  ".join(step_words(reported)), style="dim", no_wrap=True, overflow="ellipsis"))
