@@ -106,11 +106,12 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
     return replace(recipe, text=text, overrides=tuple(overrides))
 
 
-def load_values(values: Mapping, *, text: str = "", overrides: Sequence[str] = (), digest: str = "") -> Recipe:
+def load_values(values: Mapping, *, text: str = "", overrides: Sequence[str] = (), written: Mapping = {}) -> Recipe:
     """A recipe out of what Recipe.values() gave and a manifest kept, with what is known of its file beside."""
     root, findings = recipe_yaml.parse(json.dumps(values))
     recipe = _recipe(root, [], findings, folder=Path.cwd(), named="", source="The recipe in the run folder")
-    return replace(recipe, text=text, overrides=tuple(overrides), digest=digest or recipe.digest)
+    written = dict(written) or recipe.written
+    return replace(recipe, text=text, overrides=tuple(overrides), written=written, digest=digest_of(written))
 
 
 def _recipe(root: Node, changes: list, findings: list[str], *, folder: Path, named: str, source: str) -> Recipe:
@@ -132,8 +133,12 @@ def _recipe(root: Node, changes: list, findings: list[str], *, folder: Path, nam
     anchored = _read(_anchor(root, os.path.abspath(folder)), findings)
     if anchored is BAD:
         raise RecipeError(report(f"{source} cannot be used:", findings, ADVICE))
-    asked = json.dumps(written.values(), sort_keys=True, ensure_ascii=False)
-    return replace(anchored, digest=hashlib.sha256(asked.encode()).hexdigest())
+    return replace(anchored, written=written.values(), digest=digest_of(written.values()))
+
+
+def digest_of(values: Mapping) -> str:
+    """A name for everything a recipe asks for: equal digests, equal keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _read(root: Node, findings: list[str]) -> Any:

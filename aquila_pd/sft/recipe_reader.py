@@ -50,9 +50,8 @@ def limits(default: Any = dataclasses.MISSING, **named: float) -> Any:
     return field(default=default, metadata={"limits": Limits(**named)})
 
 
-def about_file(default: Any) -> Any:
-    """A dataclass field that is no key: what is known of the file itself."""
-    return field(default=default, compare=False, metadata={"key": False})
+# Of a dataclass field that is no key: what is known of the file itself.
+ABOUT_FILE = {"compare": False, "metadata": {"key": False}}
 
 
 def keys(cls: type) -> list[dataclasses.Field]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..errors import RecipeError
 from .data.settings import DataSpec
-from .recipe_reader import about_file, keys, limits
+from .recipe_reader import ABOUT_FILE, keys, limits
 
 Method = Literal["full", "lora", "qlora"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -32,7 +32,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule. lr rises over the warmup from 0, then falls to min_lr at the last step (constant: stays).
+    """AdamW and its schedule. lr is reached at the end of the warmup, then falls towards min_lr (constant: stays).
 
     warmup_steps or warmup_ratio (of all steps of the stage), not both; neither is no warmup. weight_decay: on matrices.
     clip: the largest global norm of the gradient; 0 = no clipping.
@@ -118,8 +118,8 @@ class Stage:
 class Recipe:
     """All stages of a run. seed: of every draw in it. export: "merged" writes the last stage's result as a plain model.
 
-    text: the file as it was. overrides: what was changed on the command line. digest: of what was asked for, with paths
-    as they were written, so that comments and another folder do not change it.
+    text: the file as it was. overrides: what was changed on the command line. written: all keys with paths as they were
+    written there; digest: of that, so that comments and another folder do not change it.
     """
 
     model: str
@@ -128,9 +128,10 @@ class Recipe:
     name: str = ""
     seed: int = limits(0, least=0, most=2**32 - 1)
     export: Literal["none", "merged"] = "merged"
-    text: str = about_file("")
-    overrides: tuple[str, ...] = about_file(())
-    digest: str = about_file("")
+    text: str = field(default="", **ABOUT_FILE)
+    overrides: tuple[str, ...] = field(default=(), **ABOUT_FILE)
+    written: dict | None = field(default=None, **ABOUT_FILE)
+    digest: str = field(default="", **ABOUT_FILE)
 
     def values(self) -> dict:
         """All keys, defaults written out, as JSON holds them; load_values reads them. No lora where nothing uses it."""
