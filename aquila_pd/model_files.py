@@ -5,6 +5,7 @@ converting on the way. Saving writes in the weight table's order, so that the sa
 """
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,12 @@ NEW_HEAD = "score.weight"
 HEADS = {HEAD.paddle, NEW_HEAD}
 
 
-def load_weights(model: nn.Layer, folder: Path) -> None:
+def load_weights(
+    model: nn.Layer, folder: Path, *, instead: Mapping[str, Callable[[np.ndarray], None]] | None = None
+) -> None:
     """Fill a model built without memory (paddle.LazyGuard) from a folder.
 
+    instead: parameters that are not filled, and who takes the stored array in their place.
     Raises CheckpointError with every missing, unexpected or misshapen weight before the first is read.
     """
     files = {name_in(model, name): info for name, info in read_layout(folder).items()}
@@ -37,7 +41,9 @@ def load_weights(model: nn.Layer, folder: Path) -> None:
     if findings:
         raise CheckpointError(_message(model, folder, findings))
     for name, parameter in parameters.items():
-        if name in files:
+        if instead and name in instead:
+            instead[name](view(files[name]))
+        elif name in files:
             _fill(parameter, view(files[name]))
         else:
             log.warning("%s is not in %s: it is new and random, train it.", name, folder.name)

@@ -94,13 +94,18 @@ class AquilaPretrainedModel(PretrainedModel):
             options.setdefault("low_cpu_mem_usage", not at_hand)
             name = str(pretrained_model_name_or_path)
             return super().from_pretrained(name, *args, config=config, dtype=dtype, **options)
+        return cls._from_folder(folder, config, dtype)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, config: AquilaConfig, dtype: str | None, make_instead=lambda model: {}):
+        """The model of a plain local folder. make_instead: gives load_weights() its `instead` for the empty model."""
         config.dtype = _compute_dtype(dtype, config.dtype)
         with ExitStack() as stack:
             stack.enter_context(no_init_weights(_enable=True))
             stack.enter_context(paddle.LazyGuard())
             stack.enter_context(dtype_guard(config.dtype))
             model = cls(config)
-        load_weights(model, folder)
+        load_weights(model, folder, instead=make_instead(model))
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder.as_posix())
         return model

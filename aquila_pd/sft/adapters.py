@@ -9,6 +9,7 @@ Files are in adapter_files.py. Letters in shapes: r rank, in and out the sizes o
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,9 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from ..errors import AquilaError, CheckpointError, ConfigError, report
-from ..quantization.projections import Place, find_projections
+from ..model_files import name_in
+from ..quantization.projections import ALL, Place, find_projections
+from ..shards import read_layout, view
 
 if TYPE_CHECKING:
     from .recipe import LoraSpec
@@ -82,7 +85,7 @@ class LoRALinear(nn.Layer):
         return (self.squares + mixed + own).sqrt()
 
     def _base_dtype(self):
-        return self.weight.dtype if isinstance(self.base, nn.Linear) else self.base.dtype
+        return self.weight.dtype if isinstance(self.base, nn.Linear) else paddle.float32
 
     def extra_repr(self) -> str:
         kind = "DoRA" if self.magnitude is not None else "LoRA"
@@ -203,26 +206,52 @@ def merge_weight(weight: np.ndarray, A: np.ndarray, B: np.ndarray, scaling: floa
     return merged
 
 
-def merge(model: nn.Layer) -> list[str]:
+def merge(model: nn.Layer, *, onto: Path | str | None = None) -> list[str]:
     """Put the adapters into the weights: afterwards the model is a plain one again; return the names of those layers.
 
-    Computed in float32 and rounded once to the weight's dtype. NF4 weights, also of layers without an adapter, become
-    full weights with the values they had while the adapter was trained; export.py can merge into the original ones.
-    Everything stays frozen. Raises AquilaError for a model without adapters.
+    Computed in float32 and rounded once to the weight's dtype. Packed weights, also of layers without an adapter,
+    become full ones: with the values they had while the adapter was trained, which is the function that was trained,
+    or with those of the base model's folder `onto`. Everything stays frozen.
+    Raises AquilaError for a model without adapters, CheckpointError for a folder that lacks a weight.
     """
-    layers = adapted_layers(model)
-    if not layers:
+    if not adapted_layers(model):
         raise AquilaError("The model has no adapters to merge.")
-    parents = dict(model.named_sublayers(include_self=True))
-    for name, layer in layers.items():
-        Place(name, parents[name.rpartition(".")[0]], layer).put(_merged(layer))
-    return list(layers)
+    places = [place for place in find_projections(model, ALL) if type(place.layer) is not nn.Linear]
+    stored = {} if onto is None else _stored_weights(model, Path(onto), places)
+    merged = [place.name for place in places if isinstance(place.layer, LoRALinear)]
+    while places:  # nothing may hold a packed weight that has become a full one
+        place = places.pop(0)
+        place.put(_plain(place.layer, stored.get(place.name)))
+    return merged
 
 
-def _merged(layer: LoRALinear) -> nn.Linear:
-    A, B = layer.lora_A.numpy(), layer.lora_B.numpy()
-    magnitude = None if layer.magnitude is None else layer.magnitude.numpy()
-    values = merge_weight(dense_weight(layer.base).numpy(), A, B, layer.scaling, magnitude)
-    base = layer.base if isinstance(layer.base, nn.Linear) else layer.base.to_linear()
+def _plain(layer: nn.Layer, stored: np.ndarray | None) -> nn.Linear:
+    """The plain layer of a layer with an adapter, or of a packed one; stored: the weight to use in its place."""
+    base = layer.base if isinstance(layer, LoRALinear) else layer
+    values = dense_weight(base).numpy() if stored is None else np.float32(stored)
+    if isinstance(layer, LoRALinear):
+        magnitude = None if layer.magnitude is None else layer.magnitude.numpy()
+        values = merge_weight(values, layer.lora_A.numpy(), layer.lora_B.numpy(), layer.scaling, magnitude)
+    if not isinstance(base, nn.Linear):
+        return base.to_linear(values)
     base.weight.set_value(paddle.to_tensor(values).astype(base.weight.dtype))
     return base
+
+
+def _stored_weights(model: nn.Layer, folder: Path, places: list[Place]) -> dict[str, np.ndarray]:
+    """Name of each packed projection -> its weight [in, out] in the folder, mapped from the file."""
+    packed = [place for place in places if not isinstance(getattr(place.layer, "base", place.layer), nn.Linear)]
+    files = {name_in(model, name): info for name, info in read_layout(folder).items()}
+    shapes = {name: list(info.shape) for name, info in files.items()}
+    wanted = {f"{p.name}.weight": list(getattr(p.layer, "base", p.layer).shape) for p in packed}
+    findings = [
+        f"{name}: wanted {shape}, found {shapes.get(name, 'none')}"
+        for name, shape in wanted.items()
+        if shapes.get(name) != shape
+    ]
+    if findings:
+        advice = "Nothing was merged. Give the folder of the model that was packed."
+        raise CheckpointError(
+            report(f"{folder} does not hold the weights the adapter is merged into:", findings, advice)
+        )
+    return {place.name: view(files[f"{place.name}.weight"]) for place in packed}

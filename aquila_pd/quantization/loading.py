@@ -1,0 +1,43 @@
+"""load_quantized(): a model's folder straight into NF4 layers, without ever holding the full weights."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from paddle import nn
+
+from ..errors import CheckpointError
+from ..model_files import SAFETENSORS
+from ..modeling import AquilaForCausalLM
+from .nf4 import NF4Linear
+from .nf4_values import quantize
+from .projections import ALL, Place, find_projections
+
+
+def load_quantized(
+    folder: Path | str, targets: Iterable[str] | str = ALL, *, dtype: str | None = None
+) -> AquilaForCausalLM:
+    """Load a converted folder with the named projections packed as NF4, each as soon as it is read.
+
+    Beside the packed model there is one strip of a weight in memory (some 32 MB), and pages of its file that the
+    system may take back at any time. dtype: of everything else, see AquilaForCausalLM.from_pretrained. What is packed
+    is what the files hold: for files in half precision, or loaded in their own dtype, the very codes of
+    quantize_model(). Raises CheckpointError and ConfigError as from_pretrained does.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in SAFETENSORS):
+        raise CheckpointError(f"{folder} holds no weights: expected {' or '.join(SAFETENSORS)}.")
+
+    def instead(model: nn.Layer) -> dict:
+        places = find_projections(model, targets)
+        return {f"{place.name}.weight": _packer(place, model.config.dtype) for place in places}
+
+    config = AquilaForCausalLM._config(str(folder), {}, {})
+    return AquilaForCausalLM._from_folder(folder, config, dtype, instead)
+
+
+def _packer(place: Place, dtype: str):
+    def pack(stored: np.ndarray) -> None:  # [in, out]
+        place.put(NF4Linear(quantize(stored.T, place.name), dtype))
+
+    return pack
