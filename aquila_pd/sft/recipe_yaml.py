@@ -69,7 +69,8 @@ def parse(text: str, *, path: str = "", line: int | None = 0) -> tuple[Node, lis
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark and line is not None else ""
-        raise RecipeError(f"{where}{error.problem or error.context}") from error
+        said = ", ".join(filter(None, (error.context, error.problem)))
+        raise RecipeError(f"{where}{said}") from error
     except yaml.YAMLError as error:  # a character that YAML has no place for
         raise RecipeError(" ".join(str(error).split())) from error
     except RecursionError as error:
