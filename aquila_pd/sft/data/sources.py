@@ -72,9 +72,10 @@ class BadRows:
 # ------------------------------------------------------------------------------------------------------ which files
 
 
-def find_files(patterns: Sequence[str]) -> list[list[Path]]:
+def find_files(patterns: Sequence[str], *, also: Sequence[str] = ()) -> list[list[Path]]:
     """The files of each pattern: a path, or a glob's files sorted by name ("**" goes into folders).
 
+    also: endings of names that the caller reads beside those of rows.
     Raises DataError naming every pattern that finds nothing, file of no known kind, and file that is found twice.
     """
     found, findings = [], []
@@ -84,7 +85,7 @@ def find_files(patterns: Sequence[str]) -> list[list[Path]]:
         found.append(files)
         findings += [] if files else [f"{pattern}: no file is called that, and no file fits it as a glob"]
         for file in files:
-            wrong = _wrong_with_file(file)
+            wrong = _wrong_with_file(file, also)
             findings += [f"{file} {wrong}"] if wrong else []
             real = file.resolve()
             if real in first:
@@ -104,13 +105,13 @@ def _expand(pattern: str) -> list[Path]:
     return [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if not Path(name).is_dir()]
 
 
-def _wrong_with_file(file: Path) -> str | None:
+def _wrong_with_file(file: Path, also: Sequence[str]) -> str | None:
     wrong = why_not_a_file(file)
     if wrong:
         return wrong + (f"; write {file}/*.jsonl, for example" if file.is_dir() else "")
     kind, packed = _kind(file)
-    if kind is None or (packed and kind is PARQUET):
-        return f"is of no known kind; known are {', '.join(KINDS)}, and lines and arrays with .gz behind it"
+    if (kind is None or (packed and kind is PARQUET)) and file.suffix.lower() not in also:
+        return f"is of no known kind; known are {', '.join((*KINDS, *also))}, and lines and arrays with .gz behind it"
     return lfs_pointer(file)
 
 
