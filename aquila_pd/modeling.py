@@ -266,6 +266,11 @@ def _unless_a_loss_is_wanted(use_cache: bool | None, labels) -> bool | None:
     return False if use_cache is None and labels is not None else use_cache
 
 
+def zero_or_nan(logits):
+    """Added to a loss: Paddle's CPU cross-entropy of NaN logits is an ordinary number, log V; this is NaN then."""
+    return logits.detach().sum() * 0 if logits.place.is_cpu_place() else 0.0
+
+
 class AquilaPretrainingCriterion(nn.Layer):
     """Mean cross-entropy in fp32 over the labels that are not -100.
 
@@ -280,9 +285,7 @@ class AquilaPretrainingCriterion(nn.Layer):
             logits.astype("float32").reshape([-1, V]), labels.reshape([-1]), reduction="none", ignore_index=IGNORE
         )
         valid = (labels != IGNORE).astype("float32").sum()
-        # Paddle's CPU cross-entropy of NaN logits is an ordinary number, log V; this zero is NaN then.
-        zero = logits.detach().sum() * 0 if logits.place.is_cpu_place() else 0.0
-        return losses.sum() / valid.clip(min=1.0) + zero
+        return losses.sum() / valid.clip(min=1.0) + zero_or_nan(logits)
 
 
 class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):

@@ -10,7 +10,7 @@ from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
 from ..masks import PackedMask
-from ..modeling import IGNORE, AquilaForCausalLM
+from ..modeling import IGNORE, AquilaForCausalLM, zero_or_nan
 
 ROWS = 2048  # labels whose logits are held at a time where memory is spared
 
@@ -46,7 +46,7 @@ class SummedLoss(nn.Layer):
         ).last_hidden_state
         flat = labels.reshape([-1])
         learned = paddle.nonzero(flat != IGNORE).squeeze(1)  # [labels]
-        # 0 times the whole keeps every parameter in the graph where nothing is learned; NaN anywhere shows here
+        # 0 times the whole: every parameter is in the graph, also where nothing is learned, as other ranks expect
         nothing = x.astype("float32").sum() * 0.0
         if learned.shape[0] == 0:
             return nothing + self._head(x.reshape([-1, x.shape[-1]])[:1], flat[:1].clip(min=0)) * 0.0
@@ -66,7 +66,8 @@ class SummedLoss(nn.Layer):
 
     def _head(self, x, labels):
         """x [n, D], labels [n] -> the sum of their losses in float32."""
-        return F.cross_entropy(self.model.logits(x), labels, reduction="sum")
+        logits = self.model.logits(x)
+        return F.cross_entropy(logits, labels, reduction="sum") + zero_or_nan(logits)
 
     def _noise(self, segment_ids, embeds):
         lengths = PackedMask(segment_ids).lengths.astype("float32").unsqueeze(-1)  # [B, T, 1]

@@ -38,9 +38,9 @@ NAMED_ROWS = 20  # rows that an error message names
 
 @dataclass
 class Best:
-    """The lowest evaluation loss so far, and after which step."""
+    """The lowest evaluation loss so far, and after which step; None before the first."""
 
-    loss: float = math.inf
+    loss: float | None = None
     step: int | None = None
 
 
@@ -228,13 +228,20 @@ class StageTrainer(Trainer):
         loss = total / labels
         if not math.isfinite(loss):
             raise TrainingError(f"Stage {self.stage.name}, step {step}: the evaluation loss is {loss}.")
+        improved = self.best.loss is None or loss < self.best.loss
         self.reporter.evaluated(
-            EvalRecord(self.stage.name, step, loss=loss, tokens=int(labels), seconds=time.perf_counter() - begin)
+            EvalRecord(
+                self.stage.name,
+                step,
+                loss=loss,
+                tokens=int(labels),
+                seconds=time.perf_counter() - begin,
+                best=improved,
+            )
         )
-        if loss < self.best.loss:
+        if improved:
             self.best = Best(loss, step)
-            return True
-        return False
+        return improved
 
     def _save(self, step: int) -> None:
         folder = self.checkpoints.save(

@@ -1,0 +1,118 @@
+"""Several processes of one run on this machine: started together, ended together.
+
+Over several machines Paddle's own launcher does it; a process it started is recognized by its environment.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..errors import TrainingError
+
+PATIENCE = 20.0  # seconds the others get to notice that one has failed
+
+
+def rank() -> int:
+    """This process's number in the run it belongs to; 0 alone."""
+    return int(os.environ.get("PADDLE_TRAINER_ID", "0"))
+
+
+def ranks() -> int:
+    """How many processes the run has that this one was started for; 1 alone."""
+    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+
+
+def run_together(command: Sequence[str], processes: int, *, on_gpus: bool, logs: Path) -> int:
+    """Run a command as so many ranks and return an exit status: that of the first which failed, else 0.
+
+    Rank 0 has this terminal; the others write to logs/rank-N.log. SIGINT and SIGTERM go on to all of them, and then it
+    is theirs to end: they may have a checkpoint to write.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    endpoints = [f"127.0.0.1:{port}" for port in _free_ports(processes + 1)]
+    with ExitStack() as stack:
+        started: list[subprocess.Popen] = []
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, lambda number, frame: [process.send_signal(number) for process in started])
+            stack.callback(signal.signal, number, before[number])
+        for number in range(processes):
+            output = None if number == 0 else stack.enter_context((logs / f"rank-{number}.log").open("wb"))
+            environment = _environment(number, endpoints, on_gpus=on_gpus)
+            # a session of its own: Ctrl-C reaches each rank once, through this process
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True
+            )
+            started.append(process)
+        return _wait(started, logs)
+
+
+def _wait(started: list[subprocess.Popen], logs: Path) -> int:
+    running = dict(enumerate(started))
+    while running:
+        for number, process in list(running.items()):
+            status = process.poll()
+            if status is None:
+                continue
+            del running[number]
+            if status and running:
+                _end(running, number, logs)
+            if status:
+                return status if status > 0 else 128 - status
+        time.sleep(0.1)
+    return 0
+
+
+def _end(running: dict[int, subprocess.Popen], failed: int, logs: Path) -> None:
+    """The others wait for one that will not come: they get a while to fail by themselves, then they are ended."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and any(process.poll() is None for process in running.values()):
+        time.sleep(0.1)
+    for process in running.values():
+        process.kill()
+        process.wait()
+    if failed:
+        print(f"Rank {failed} failed; what it said is in {logs / f'rank-{failed}.log'}.", file=sys.stderr)
+
+
+def _environment(number: int, endpoints: list[str], *, on_gpus: bool) -> dict[str, str]:
+    """What Paddle's own launcher sets for a rank. endpoints: the meeting point, then one for each rank."""
+    meeting, *own = endpoints
+    found = {
+        **os.environ,
+        "PADDLE_MASTER": meeting,
+        "PADDLE_GLOBAL_SIZE": str(len(own)),
+        "PADDLE_LOCAL_SIZE": str(len(own)),
+        "PADDLE_GLOBAL_RANK": str(number),
+        "PADDLE_LOCAL_RANK": str(number),
+        "PADDLE_RANK_IN_NODE": str(number),
+        "PADDLE_NNODES": "1",
+        "PADDLE_CURRENT_ENDPOINT": own[number],
+        "PADDLE_TRAINER_ENDPOINTS": ",".join(own),
+        "PADDLE_TRAINER_ID": str(number),
+        "PADDLE_TRAINERS_NUM": str(len(own)),
+    }
+    return found | ({"FLAGS_selected_gpus": str(number)} if on_gpus else {"PADDLE_DISTRI_BACKEND": "gloo"})
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def check_processes(processes: int, *, gpus: int) -> None:
+    """Raise TrainingError for a number of processes this machine cannot start. gpus: how many it has, 0 for none."""
+    if processes < 1:
+        raise TrainingError(f"--processes is {processes}; one is the least.")
+    if gpus and processes > gpus:
+        raise TrainingError(f"--processes is {processes}, and this machine has {gpus} GPUs: one process for each.")
