@@ -7,6 +7,7 @@ are plain text are not known there, and so not broken where somebody types them.
 
 import itertools
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from .chat_templates import TEMPLATES, Piece, Template, template_of_jinja
 from .errors import ChatError, ConfigError, TokenizerError, report, shown, shown_value
 from .tokenizer_config import CHAT_TEMPLATE_JSON, read_chat_template_json
-from .tokenizer_pieces import PieceEncoder
+from .tokenizer_pieces import Encoded, PieceEncoder, Span
 
 # What apply_chat_template passes on to PaddleNLP's padding, truncation and making of tensors.
 PASSED_ON = (
@@ -35,6 +36,7 @@ PASSED_ON = (
     "verbose",
 )
 OF_A_TEMPLATE = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)  # what rendering may raise
+PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # of surrogates: one character to an encoder
 ROLE = re.compile(r"\w+")  # templates write roles into their headers
 
 
@@ -132,12 +134,28 @@ class ChatMixin:
         add_special_tokens: those that the tokenizer puts before every text come first, unless the text brings them.
         Raises TokenizerError where words cannot be kept from becoming a special token (see tokenizer_pieces.py).
         """
-        ids = self._pieces.ids(pieces, self._encode_with)
-        before = self._prefix if add_special_tokens else []
-        return ids if ids[: len(before)] == before else [*before, *ids]
+        return self._with_prefix(self._pieces.encoded(pieces, self._encode_with), add_special_tokens).ids
 
-    def _encode_with(self, backend: Tokenizer, text: str) -> list[int]:
-        return self._encodings([text], ids_only=True, backend=backend)[0].ids
+    def encode_pieces_with_spans(self, pieces: Sequence[Piece], *, add_special_tokens: bool = True) -> Encoded:
+        """The same ids, each with the stretch of the pieces' text that it writes a part of: (begin, end) in characters.
+
+        The ids that the tokenizer puts in front of every text write nothing of it, (0, 0).
+        """
+        return self._with_prefix(self._pieces.encoded(pieces, self._encode_with_spans), add_special_tokens)
+
+    def _with_prefix(self, encoded: Encoded, wanted: bool) -> Encoded:
+        before = self._prefix if wanted else []
+        if encoded.ids[: len(before)] == before:
+            return encoded
+        return Encoded([*before, *encoded.ids], [*[(0, 0)] * len(before), *encoded.spans])
+
+    def _encode_with(self, backend: Tokenizer, text: str) -> Encoded:
+        return Encoded(self._encodings([text], ids_only=True, backend=backend)[0].ids, [])
+
+    def _encode_with_spans(self, backend: Tokenizer, text: str) -> Encoded:
+        backend = self._pieces.without_trimming() if backend is self.backend else backend
+        (encoding,) = self._encodings([text], backend=backend)
+        return Encoded(encoding.ids, in_pairs(encoding.offsets, text))
 
     def chat_pieces(
         self, conversation: str | Sequence, *, add_generation_prompt: bool = True, context_data: Mapping | None = None
@@ -231,6 +249,12 @@ class ChatMixin:
             end = len(mark.token) if mark and part.startswith(mark.token) else 0
             pieces += [Piece(part[:end], True, False), Piece(part[end:], False, False)]
         return [piece for piece in pieces if piece.text or piece.is_content]
+
+
+def in_pairs(spans: list[Span], text: str) -> list[Span]:
+    """Spans in a text whose surrogate pairs are one character each, as spans in the text itself."""
+    pairs = [found.start() - number for number, found in enumerate(PAIR.finditer(text))]
+    return [(b + bisect_left(pairs, b), e + bisect_left(pairs, e)) for b, e in spans] if pairs else spans
 
 
 def refusing(write: Callable[[list[str]], str]) -> Callable[[list[str]], str]:

@@ -23,7 +23,21 @@ SPACES_BEFORE = r"(?:(?<!\s)\s+)?"  # from their first on only, so that a long r
 SPACES_BEHIND = r"\s*"
 NO_OTHERS: frozenset[str] = frozenset()
 
-Encode = Callable[[Tokenizer, str], list[int]]
+Span = tuple[int, int]  # (begin, end) in characters
+
+
+class Encoded(NamedTuple):
+    """The ids of a text and where each stands in it; spans stay empty where nobody asked for them.
+
+    A token's span holds every character of which it writes a part: the tokens of one emoji have the same, and a space
+    that the tokenizer puts in front of a text has that of the first character.
+    """
+
+    ids: list[int]
+    spans: list[Span]
+
+
+Encode = Callable[[Tokenizer, str], Encoded]
 
 
 class Mark(NamedTuple):
@@ -49,28 +63,30 @@ class PieceEncoder:
         # What the model itself makes of text it cannot spell is no forgery, though that token is special.
         self._unknown = {token.id for token in backend.model.tokenize(UNSPELLED)}
         self._twins: dict[tuple[frozenset[str], bool], Tokenizer] = {}
+        self._untrimmed: Tokenizer | None = None
 
-    def ids(self, pieces: Sequence[Piece], encode: Encode) -> list[int]:
-        """The ids of the pieces' text. encode: (backend, text) -> ids without those around a text.
+    def encoded(self, pieces: Sequence[Piece], encode: Encode) -> Encoded:
+        """The ids of the pieces' text, and their spans if `encode` gives any; a special token's is its own text alone.
 
+        encode: (backend, text) -> what a backend makes of a text, without the ids around it.
         Raises TokenizerError where the vocabulary cannot spell words otherwise than as a special token; byte-level ones
         and SentencePiece models of kind bpe always can.
         """
         text, others, marks = self._survey(pieces)
         wanted = self._controls([self.backend.token_to_id(mark.token) for mark in marks], others)
         if [mark[:2] for mark in marks] == [mark[:2] for mark in self.marks(text, others)]:
-            ids = encode(self.backend, text)
-            if self._controls(ids, others) == wanted:
-                return ids
-        ids = self._between(text, marks, others, encode)
-        made = self._controls(ids, others)
+            found = encode(self.backend, text)
+            if self._controls(found.ids, others) == wanted:
+                return self._without_swallowed(found, marks, others)
+        found = self._between(text, marks, others, encode)
+        made = self._controls(found.ids, others)
         if made != wanted:
             names = sorted({str(self.backend.id_to_token(i)) for i in made if made.count(i) != wanted.count(i)})
             raise TokenizerError(
                 f"This vocabulary can write {', '.join(map(shown, names))} only as a special token, and somebody's "
                 "words hold it. Take it out of them."
             )
-        return ids
+        return found
 
     def _survey(self, pieces: Sequence[Piece]) -> tuple[str, frozenset[str], list[Mark]]:
         """The whole text, the control tokens that are not called special, and where the scaffolding has any."""
@@ -101,17 +117,30 @@ class PieceEncoder:
         controls = {self.backend.token_to_id(token) for token in self.special | others} - self._unknown
         return [i for i in ids if i in controls]
 
-    def _between(self, text: str, marks: list[Mark], others: frozenset[str], encode: Encode) -> list[int]:
-        """Control tokens at the marks, and the text between them with no other in it."""
-        ids, at = [], 0
-        for mark in marks:
-            ids += self._words(text[at : mark.begin], at, others, encode)
-            ids.append(self.backend.token_to_id(mark.token))
-            at = mark.end
-        return ids + self._words(text[at:], at, others, encode)
+    def _without_swallowed(self, found: Encoded, marks: list[Mark], others: frozenset[str]) -> Encoded:
+        """The same, the spans of special tokens without the white space that they swallow."""
+        if not found.spans:
+            return found
+        places = {mark.begin: own_span(mark) for mark in marks if mark.end - mark.begin > len(mark.token)}
+        controls = {self.backend.token_to_id(mark.token) for mark in marks} if places else ()
+        spans = [places.get(s[0], s) if i in controls else s for i, s in zip(*found, strict=True)]
+        return Encoded(found.ids, spans)
 
-    def _words(self, text: str, at: int, others: frozenset[str], encode: Encode) -> list[int]:
-        return encode(self.for_words(others, at_start=at == 0), text) if text else []
+    def _between(self, text: str, marks: list[Mark], others: frozenset[str], encode: Encode) -> Encoded:
+        """Control tokens at the marks, and the text between them with no other in it."""
+        ids, spans, at = [], [], 0
+        for mark in [*marks, None]:
+            words = self._words(text[at : mark.begin if mark else None], at, others, encode)
+            ids += words.ids
+            spans += [(begin + at, end + at) for begin, end in words.spans]
+            if mark:
+                ids.append(self.backend.token_to_id(mark.token))
+                spans.append(own_span(mark))
+                at = mark.end
+        return Encoded(ids, spans if len(spans) == len(ids) else [])
+
+    def _words(self, text: str, at: int, others: frozenset[str], encode: Encode) -> Encoded:
+        return encode(self.for_words(others, at_start=at == 0), text) if text else Encoded([], [])
 
     def for_words(self, others: frozenset[str] = NO_OTHERS, *, at_start: bool = True) -> Tokenizer:
         """The backend's twin that finds no control token in a text.
@@ -122,6 +151,15 @@ class PieceEncoder:
         if key not in self._twins:
             self._twins[key] = self._twin(others, at_start=at_start)
         return self._twins[key]
+
+    def without_trimming(self) -> Tokenizer:
+        """The backend, or where it cuts spans short (post-processors do that) a twin of it that makes the same ids."""
+        if self.backend.post_processor is None:
+            return self.backend
+        if self._untrimmed is None:
+            self._untrimmed = self._twin(NO_OTHERS, at_start=True)
+            self._untrimmed.encode_special_tokens = False
+        return self._untrimmed
 
     def _twin(self, others: frozenset[str], *, at_start: bool) -> Tokenizer:
         backend, twin = self.backend, Tokenizer(self.backend.model)  # the same model, no copy
@@ -139,6 +177,11 @@ class PieceEncoder:
         assert twin.get_vocab_size() == backend.get_vocab_size()
         assert all(twin.token_to_id(t.content) == backend.token_to_id(t.content) for t in self.added)
         return twin
+
+
+def own_span(mark: Mark) -> Span:
+    """A special token's own characters, without the white space that it swallows."""
+    return mark.place, mark.place + len(mark.token)
 
 
 def special(token: AddedToken) -> AddedToken:

@@ -66,14 +66,14 @@ def test_a_permutation_is_the_same_on_every_machine():
 
 
 def test_every_number_comes_to_every_place_equally_often():
-    count, keys = 20, 2000
+    count, keys = 20, 800
     places = np.array([Permutation(count, key).at(0, count) for key in range(keys)])  # [keys, count]
     expected = keys / count
     for place in range(count):
         squares = ((np.bincount(places[:, place], minlength=count) - expected) ** 2 / expected).sum()
         assert squares < 50, "chi-square of 19 degrees of freedom: 1 in 10,000 is above"
     pairs = Counter(zip(places[:, 0].tolist(), places[:, 1].tolist(), strict=True))
-    assert len(pairs) > 0.98 * 20 * 19 and max(pairs.values()) < 4 * keys / (20 * 19)
+    assert len(pairs) > 0.8 * 20 * 19 and max(pairs.values()) < 6 * keys / (20 * 19)
 
 
 def test_neighbours_in_the_files_are_no_neighbours_in_the_order():

@@ -17,7 +17,8 @@ class ChatPrompts:
     model's config files, besides the tokenizer's own. Raises ConfigError when there is no template, its name is not
     known, or it needs special tokens that the tokenizer has not.
 
-    name: of the template. stop_ids: tokens that end an answer; stop_strings: texts that do, none of them such a token.
+    tokenizer: the one given. name: of the template. stop_ids: tokens that end an answer; stop_strings: texts that do,
+    none of them such a token.
     """
 
     def __init__(self, tokenizer: AquilaTokenizer, template: str | None = None, *, eos_ids: Iterable[int] = ()):
@@ -26,7 +27,7 @@ class ChatPrompts:
                 "The model's folder records no chat template. Name the one it was tuned with (--template NAME), or "
                 "convert it with --chat-template NAME."
             )
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._template = tokenizer.template if template is None else find_template(template)
         if self._template:
             tokenizer.check_specials(self._template)
@@ -35,13 +36,13 @@ class ChatPrompts:
 
     def encode(self, messages: Sequence[Mapping]) -> list[int]:
         """The ids of a prompt that the model goes on from with its answer. Raises ChatError."""
-        return self._tokenizer.encode_pieces(self.pieces(messages))
+        return self.tokenizer.encode_pieces(self.pieces(messages))
 
     def pieces(self, messages: Sequence[Mapping], add_generation_prompt: bool = True) -> list[Piece]:
         """The conversation's text in pieces, which training needs. Raises ChatError."""
         if self._template:
             return self._template.render(messages, add_generation_prompt)
-        return self._tokenizer.chat_pieces(messages, add_generation_prompt=add_generation_prompt)
+        return self.tokenizer.chat_pieces(messages, add_generation_prompt=add_generation_prompt)
 
     def fit(self, messages: Sequence[Mapping], max_tokens: int) -> tuple[list[Mapping], int]:
         """The messages whose prompt has at most max_tokens tokens, and how many turns were dropped for that.
@@ -71,7 +72,7 @@ class ChatPrompts:
 
     def _ends(self, eos_ids: Iterable[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """(texts, ids) at which an answer ends. A text that is one special token is an id: it never shows as text."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         eos = [tokenizer.eos_token_id] if tokenizer.eos_token is not None else []
         if self._template:
