@@ -1,7 +1,7 @@
 """Small things to train on: a folder of random samples, a tiny model, a stage, and a run that keeps what it says."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,8 +152,6 @@ def run(folder: Path, of: Stage, *, resume: bool = False, **more) -> Recorder:
     with counted_anew():
         trainer, reporter = trainer_of(folder, of, **more)
         checkpoint = trainer.checkpoints.newest(reporter.said) if resume else None
-        try:
+        with suppress(Interrupted):
             trainer.run(checkpoint)
-        except Interrupted:
-            pass
     return reporter

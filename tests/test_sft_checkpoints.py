@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: interrupted at every step of writing, damaged in every file, resumed all the same."""
+"""Checkpoints are whole or not there: interrupted at every step of writing, damaged in every file."""
 
 import os
 import shutil
