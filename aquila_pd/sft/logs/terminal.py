@@ -63,22 +63,24 @@ class Bar:
         self.live.start()
 
     def step(self, reported: Reported) -> None:
-        now = self.console.get_time()
-        if self.live is not None and (
-            now - self.drawn >= 1 / PER_SECOND or reported.record.step == reported.record.steps
-        ):
-            self.drawn = now
-            self.live.update(_panel(reported), refresh=True)
+        if self.live is not None:
+            now = self.console.get_time()
+            due = now - self.drawn >= 1 / PER_SECOND
+            self.drawn = now if due else self.drawn
+            self.live.update(_panel(reported), refresh=due)
 
     def evaluated(self, record: EvalRecord) -> None:
         self.said(eval_line(record))
 
     def said(self, text: str) -> None:
+        if self.live is not None:
+            self.live.refresh()  # or the bar below the text would be the one drawn last
         self.console.print(text, markup=False, emoji=False)
 
     def close(self) -> None:
         """Leave the bar as it stands and give the cursor back."""
         if self.live is not None:
+            self.live.refresh()
             self.live.stop()
             self.live = None
 
