@@ -17,7 +17,7 @@ from paddle.autograd import PyLayer
 
 from ..errors import AquilaError
 from .nf4_values import BLOCK, LEVELS, NESTED_BLOCK, NF4, nested_levels, quantize, strip_height
-from .projections import ALL, Place, find_projections
+from .projections import ALL, PROJECTIONS, Place, find_projections
 
 STRIP = 2**24  # values unpacked at once: 64 MB of float32, and as much again while it is made
 BUFFERS = ("codes", "absmax", "nested", "offset")
@@ -175,3 +175,10 @@ def dequantize_model(model: nn.Layer) -> list[str]:
         layer = parents.pop(name)
         Place(name, parents[name.rpartition(".")[0]], layer).put(layer.to_linear())
     return names
+
+
+def packed_targets(model: nn.Layer) -> tuple[str, ...]:
+    """Which projections of a model are packed, by their last name, in the weight table's order."""
+    names = {name.removesuffix(".base") for name, layer in model.named_sublayers() if isinstance(layer, NF4Linear)}
+    ends = {name.rpartition(".")[2] for name in names}
+    return tuple(name for name in PROJECTIONS if name in ends)

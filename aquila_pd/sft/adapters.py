@@ -23,7 +23,7 @@ from ..quantization.projections import ALL, Place, find_projections
 from ..shards import read_layout, view
 
 if TYPE_CHECKING:
-    from .recipe import LoraSpec
+    from .recipe_settings import LoraSpec
 
 PARAMETERS = ("lora_A", "lora_B", "magnitude")
 
