@@ -11,8 +11,9 @@ A pack of length 12 out of samples A (5 tokens), B (4) and C (2); lower case is 
 So the last place of a sample has no label, and nothing of a sample is ever seen from another. No mask of
 length x length is held: the segments say it all.
 
-Best fit: the samples of a window, in the order of the epoch, longest first, each into the pack that it fills best.
-A window is a random part of all samples, large against a pack, so what is left free is about one pack a window.
+Packs are fitted (best_fit.py) over windows of samples, taken in the order of the epoch. A window is a random part of
+all samples, and large against a pack. Where samples are not all long against a pack, the room left free is less than
+one pack a window: with few samples a part of the last pack is most of it, with a window of them next to nothing.
 """
 
 import logging
@@ -28,6 +29,7 @@ import numpy as np
 
 from ...errors import DataError
 from ...files import read_object, sync, write_json
+from .best_fit import best_fit
 from .order import Permutation, derive_key, draw
 from .samples import Samples
 
@@ -38,34 +40,6 @@ WINDOW = 1 << 16  # samples that are fitted together
 IGNORED = -100  # the label of a place where nothing is learned
 MANIFEST, MEMBERS, PACKS = "plan.json", "members.bin", "packs.bin"
 PACK = np.dtype([("begin", "<i8"), ("end", "<i8"), ("tokens", "<i8"), ("targets", "<i8")])  # begin, end: of its members
-
-
-def best_fit(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which samples go together: (order int64 [n], ends int64 [packs]); pack p has order[ends[p - 1] : ends[p]].
-
-    lengths: tokens of each sample, int64 [n], each from 1 to `length`. Each sample is in exactly one pack.
-    """
-    longest_first = np.argsort(-lengths, kind="stable")
-    with_room: dict[int, list[int]] = {}  # free places -> packs that have so many
-    rooms = 0  # the keys of with_room as bits: the smallest that is large enough is found without a search
-    pack_of = np.empty(len(lengths), dtype=np.int64)  # of the samples in order of their length
-    packs = 0
-    for place, size in enumerate(lengths[longest_first].tolist()):
-        enough = rooms >> size
-        if enough:
-            room = size + (enough & -enough).bit_length() - 1
-            pack = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, pack = length, packs
-            packs += 1
-        pack_of[place] = pack
-        if room > size:
-            with_room.setdefault(room - size, []).append(pack)
-            rooms |= 1 << (room - size)
-    by_pack = np.argsort(pack_of, kind="stable")
-    return longest_first[by_pack], np.cumsum(np.bincount(pack_of, minlength=packs))
 
 
 def windows(samples: Samples, *, seed: int, epoch: int) -> Iterator[np.ndarray]:
