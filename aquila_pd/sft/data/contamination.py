@@ -196,7 +196,7 @@ def _items_of(path: Path) -> Iterator[object]:
 
 
 def _words(text: str) -> list[str]:
-    return words(_ANNOTATION.sub(" ", text))
+    return words(_ANNOTATION.sub(" ", text) if "<<" in text else text)
 
 
 def _texts_of(value: object, file: int, item: int) -> Iterator[_Text]:

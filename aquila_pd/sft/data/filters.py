@@ -27,7 +27,7 @@ COMMON = (
     "ru", "sv", "th", "tr", "uk", "vi", "zh",
 )  # fmt: skip
 LETTERS = 40  # of fewer, "def f(x): return x" is French to the library
-SIDE = 800  # characters looked at of what users say, and as many of what is answered
+SIDE = 400  # characters looked at of what users say, and as many of what is answered
 IDEOGRAPH_WEIGHT = 2.5  # letters that say as much as one ideograph or syllable
 _SKIPPED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\$\$.*?\$\$|\\[a-zA-Z]+|<[^<>\n]*>", re.DOTALL)
 _LETTER = re.compile(r"[^\W\d_]")
@@ -117,13 +117,13 @@ class LanguageFilter:
         eastern = _EAST_ASIAN.findall(text)
         weight = IDEOGRAPH_WEIGHT * len(eastern)
         western = letters - len(eastern)
-        if weight + western < LETTERS:
-            return None
-        if weight > western:  # by its letters, which tell these three apart better than statistics of short texts do
+        if weight > western:  # letters tell these three apart, and better than statistics of short texts do
             syllables = "".join(eastern)
             if len(_HANGUL.findall(syllables)) * 2 > len(eastern):
                 return "ko"
             return "ja" if len(_KANA.findall(syllables)) * 10 > len(eastern) else "zh"
+        if western < LETTERS:
+            return None
         # uint32: the library's own uint16 is no gain here and counts in it may overflow
         return self._identifier.classify(_EAST_ASIAN.sub(" ", text), datatype="uint32")[0]
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 MAX_LINE = 20_000_000  # bytes; the longest rows that anybody publishes have less than two million
-PEEK = 1 << 20  # bytes of a .json file that say whether it is lines or one value
 BATCH = 256  # rows of parquet turned into Python at once
 LAST = 5  # bad rows that an error names
 LINES, JSON, PARQUET = "lines", "json", "parquet"
@@ -172,7 +171,7 @@ def _holds_lines(path: Path, packed: bool) -> bool:
     with _open(path, packed) as stream:
         line = b""
         while not line.strip(b"\xef\xbb\xbf \t\r\n"):
-            line = stream.readline(PEEK)
+            line = stream.readline(MAX_LINE)
             if not line:
                 return True  # nothing in it: no rows either way
     try:
