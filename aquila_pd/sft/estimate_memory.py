@@ -1,0 +1,142 @@
+"""How much memory training takes on one device, part by part. Estimates, from sizes alone.
+
+Bytes for each weight that is trained in bfloat16: 2 (weight) + 4 (float32 gradient, summed over micro-batches) +
+4 (float32 weight) + 8 (two moments) = 18; in float32: 4 + 4 + 8 = 16. A frozen weight takes 2 or 4, in NF4 0.516.
+"""
+
+from dataclasses import dataclass
+
+from ..weight_map import Dims
+from .flops import adapter_parameters, parameters, projections
+from .recipe import Stage
+
+GB = 1e9
+NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384  # codes, magnitudes of blocks of 64, magnitudes of those
+GRADIENT, MOMENTS, MASTER = 4, 8, 4
+LOGIT_BYTES = {True: 16, False: 12}  # half precision or not: logits, in float32, their softmax, both gradients
+LOGIT_ROWS = 2048  # labels whose logits are held at a time with recompute (loss.py)
+UNPACKED = 3 * 2**26  # bytes: a strip of an NF4 weight while it is made
+CONTEXT = 1.5 * GB  # of the driver, libraries and workspaces on a GPU: an assumption
+PLAIN_SEES_MORE = 1.15  # keys that plain attention looks at for each that a query sees: whole blocks
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device by part; parts that are nothing are left out."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Over how many devices what is cut. ranks: data-parallel ones; tensor: those one model lies on."""
+
+    ranks: int
+    tensor: int
+    sharding: str
+
+    def of(self, what: str) -> int:
+        """Parts that "weights", "gradients" or "optimizer" are cut into."""
+        stages = {
+            "optimizer": ("stage1", "stage2", "stage3"),
+            "gradients": ("stage2", "stage3"),
+            "weights": ("stage3",),
+        }
+        return self.tensor * (self.ranks if self.sharding in stages[what] else 1)
+
+
+def cut(stage: Stage, devices: int) -> Cut:
+    return Cut(max(devices // stage.tensor_parallel, 1), stage.tensor_parallel, stage.sharding)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is trained on, as far as sizes depend on it.
+
+    labels: share of tokens with a label. keys: places that a token attends to, in the mean: (n + 1) / 2 for samples of
+    n tokens.
+    """
+
+    labels: float
+    keys: float
+
+
+def memory(stage: Stage, dims: Dims, rows: Rows, *, heads: int, devices: int, half: bool, gpu: bool) -> Memory:
+    """What one device holds at the peak of a step.
+
+    heads: of attention. half: computes in bfloat16. gpu: with fused kernels; without, plain operations keep more of
+    what they computed.
+    """
+    over, size = cut(stage, devices), 2 if half else 4
+    tokens = stage.micro_batch * stage.length
+    parts = {
+        **_weights(stage, dims, over, half),
+        "activations": activations(
+            dims, tokens, over.tensor, half=half, again=stage.recompute, scores=0 if gpu else heads * rows.keys
+        ),
+        "logits": logits(dims, tokens * rows.labels / over.tensor, half=half, some=stage.recompute),
+    }
+    if stage.method != "full":
+        parts["activations"] += _of_adapters(stage, dims, tokens, half)
+    if stage.method == "qlora":
+        parts["unpacking NF4"] = UNPACKED
+    if over.of("weights") > over.tensor:  # the layer at work, and the head or the embedding, are whole for a while
+        layer = sum(out * in_ for out, in_ in projections(dims)) * (NF4_BYTES if stage.method == "qlora" else size)
+        parts["gathered weights"] = (layer + dims.vocab * dims.d * size) / over.tensor
+    if gpu:
+        parts["context (assumed)"] = CONTEXT
+    return Memory({name: size for name, size in parts.items() if size})
+
+
+def _weights(stage: Stage, dims: Dims, over: Cut, half: bool) -> dict[str, float]:
+    size = 2 if half else 4
+    everything = parameters(dims)
+    packed = dims.layers * sum(out * in_ for out, in_ in projections(dims)) if stage.method == "qlora" else 0
+    trained = everything if stage.method == "full" else adapter_parameters(dims, stage.lora)
+    own = 0 if stage.method == "full" else trained
+    return {
+        "weights": (everything - packed + own) * size / over.of("weights"),
+        "weights in NF4": packed * NF4_BYTES / over.of("weights"),
+        "gradients": trained * GRADIENT / over.of("gradients"),
+        "optimizer": trained * (MOMENTS + (MASTER if half else 0)) / over.of("optimizer"),
+    }
+
+
+def activations(dims: Dims, tokens: int, tensor: int = 1, *, half: bool, again: bool, scores: float = 0) -> float:
+    """Bytes of what the forward pass keeps for the backward pass.
+
+    again: with recompute, the input of each layer, and all of one layer. scores: of attention, heads * places that a
+    token attends to, where no fused kernel spares them and plain operations are used; 0 elsewhere.
+    """
+    size = 2 if half else 4
+    layer = tokens * layer_values(dims, tensor, fused=not scores) * size
+    if scores:  # scores, their softmax and a copy in float32; blocks of queries see whole blocks of keys
+        layer += tokens * 3 * 4 * scores * PLAIN_SEES_MORE / tensor
+    inputs = dims.layers * tokens * dims.d * size
+    return inputs + layer if again else dims.layers * layer
+
+
+def layer_values(dims: Dims, tensor: int = 1, *, fused: bool) -> float:
+    """Values that one layer keeps for one token: inputs of norms and of products, of rotation and of the MLP's gate."""
+    norms = 2 * 2 * dims.d
+    attention = 2 * dims.q + 3 * dims.kv
+    mlp = 3 * dims.ff
+    plain = 0 if fused else 4 * dims.d + 2 * (dims.q + dims.kv) + dims.ff
+    return norms + (attention + mlp + plain) / tensor
+
+
+def _of_adapters(stage: Stage, dims: Dims, tokens: int, half: bool) -> float:
+    """The dropped-out input of each adapter, with its mask, and what lies between its two matrices."""
+    size = 2 if half else 4
+    dropped = size + 1 if stage.lora.dropout else 0
+    each = (in_ * dropped + stage.lora.r * size for _, in_ in projections(dims, stage.lora.targets))
+    return tokens * sum(each) * (1 if stage.recompute else dims.layers)
+
+
+def logits(dims: Dims, rows: float, *, half: bool, some: bool) -> float:
+    """Bytes of the logits of so many labels; some: not all at a time."""
+    return (min(rows, LOGIT_ROWS) if some else rows) * dims.vocab * LOGIT_BYTES[half]
