@@ -155,11 +155,11 @@ def _level_of_step() -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ unpacking
 
 
-def dequantize(packed: NF4, rows: slice = ALL) -> np.ndarray:
-    """Rows of the matrix, float32 [rows, in], through the converter's own reader of such files."""
+def dequantize(packed: NF4, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+    """Part of the matrix, float32, through the converter's own reader of such files."""
     nested = Nested(nested_levels(), packed.nested, NESTED_BLOCK, packed.offset)
     matrix = NF4Matrix(Stored("F32", packed.shape, ""), "codes", "absmax", LEVELS, BLOCK, nested)
-    return matrix.read(_InMemory(packed), rows, ALL)
+    return matrix.read(_InMemory(packed), rows, columns)
 
 
 class _InMemory:

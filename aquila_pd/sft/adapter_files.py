@@ -62,6 +62,10 @@ class Adapter:
     packed: tuple[str, ...]
     tensors: Mapping[tuple[str, str], TensorInfo]
 
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in (self.folder / name for name in (CONFIG, NOTES, TENSORS)) if path.is_file()]
+
     def has(self, projection: str) -> bool:
         return (projection, "lora_A") in self.tensors
 

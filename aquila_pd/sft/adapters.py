@@ -21,6 +21,7 @@ from ..errors import AquilaError, CheckpointError, ConfigError, report
 from ..model_files import name_in
 from ..quantization.projections import ALL, Place, find_projections
 from ..shards import read_layout, view
+from .lora_math import merge_weight, scaling_of
 
 if TYPE_CHECKING:
     from .recipe_settings import LoraSpec
@@ -90,11 +91,6 @@ class LoRALinear(nn.Layer):
     def extra_repr(self) -> str:
         kind = "DoRA" if self.magnitude is not None else "LoRA"
         return f"{kind}, r={self.r}, scaling={self.scaling:g}, dropout={self.rate:g}"
-
-
-def scaling_of(spec: "LoraSpec") -> float:
-    """What the update is multiplied with: alpha / r, and alpha / sqrt(r) for rsLoRA."""
-    return spec.alpha / (math.sqrt(spec.r) if spec.rslora else spec.r)
 
 
 def dense_weight(layer: nn.Layer):
@@ -196,14 +192,6 @@ def load_adapter_state(model: nn.Layer, state: Mapping) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ merging
-
-
-def merge_weight(weight: np.ndarray, A: np.ndarray, B: np.ndarray, scaling: float, magnitude=None) -> np.ndarray:
-    """W + scaling * A B, for DoRA with each column brought to its magnitude [out]; all float32, weights [in, out]."""
-    merged = weight + np.float32(scaling) * (A @ B)
-    if magnitude is not None:
-        merged *= magnitude / np.sqrt((merged * merged).sum(axis=0))
-    return merged
 
 
 def merge(model: nn.Layer, *, onto: Path | str | None = None) -> list[str]:

@@ -1,0 +1,146 @@
+"""A checkpoint with an adapter merged into it, handed out part by part as any other source of the converter.
+
+    W + scaling * (A B)^T of an adapted matrix [out, in]; DoRA brings each row to its magnitude; float32
+
+W is what the files hold, or what is left of it after packing in NF4, where the adapter was trained on that. Nothing
+is held but adapters, the four-bit form of a few matrices, and the parts that are asked for.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint.sources import ALL, Source
+from ..checkpoint.targets import TORCH
+from ..errors import CheckpointError, report
+from ..quantization.nf4_values import NF4, dequantize, quantize
+from .adapter_files import Adapter
+from .lora_math import scaling_of
+
+ROWS, COLUMNS = 512, 64  # blocks of an update that are always computed whole: no cut changes the last bits of a product
+UNPACKED_ROWS = 2048
+PACKED = 4  # matrices in four bits that are held: those that threads are at, 75 MB each at 34B
+AT_ONCE = 2**20  # values of a row's length
+
+
+class MergedSource:
+    """An open source of a base model and an adapter. adapter: None for the base alone; packed: projections that are
+    rounded to NF4 first. Everything else is as of Source."""
+
+    framework = TORCH  # names and layout of what it hands out, whatever the base's are
+
+    def __init__(self, base: Source, adapter: Adapter | None, *, packed: tuple[str, ...] = ()):
+        self.base, self.adapter, self.packed = base, adapter, packed
+        self.path, self.layout, self.family = base.path, base.layout, base.family
+        self.fields, self.dims, self.notes, self.tensors = base.fields, base.dims, base.notes, base.tensors
+        self.scaling = np.float32(scaling_of(adapter.spec)) if adapter else None
+        self._values = {
+            name: adapter.values(name.removesuffix(".weight")) for name in base.tensors if self._is_adapted(name)
+        }
+        _check_finite(adapter, self._values)
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, NF4] = OrderedDict()
+        self._lengths: dict[str, np.ndarray] = {}
+
+    @property
+    def config(self) -> dict:
+        """What the output depends on, beside files."""
+        return {**self.base.config, "merged": [self.adapter and str(self.adapter.spec), list(self.packed)]}
+
+    @property
+    def files(self) -> list[Path]:
+        return self.base.files + (self.adapter.files if self.adapter else [])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    def tiles(self, hf_name: str) -> list[slice]:
+        """Rows to read at once where all rows of some columns are wanted."""
+        if not (self._is_packed(hf_name) or hf_name in self._values):
+            return self.base.tiles(hf_name)
+        rows = self.tensors[hf_name].shape[0]
+        return [slice(begin, min(begin + UNPACKED_ROWS, rows)) for begin in range(0, rows, UNPACKED_ROWS)]
+
+    def read(self, hf_name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """Part of one tensor in Hugging Face's layout [out, in]: float32 where it is merged or was packed."""
+        if hf_name not in self._values:
+            return self._weight(hf_name, rows, columns)
+        merged = self._merged(hf_name, rows, columns)
+        magnitude = self._values[hf_name][2]
+        if magnitude is not None:
+            merged *= (magnitude / self._lengths_of(hf_name))[rows, None]
+        return merged
+
+    def _is_adapted(self, name: str) -> bool:
+        return self.adapter is not None and self.adapter.has(name.removesuffix(".weight"))
+
+    def _is_packed(self, name: str) -> bool:
+        return name.removesuffix(".weight").rpartition(".")[2] in self.packed
+
+    def _weight(self, name: str, rows: slice, columns: slice) -> np.ndarray:
+        if not self._is_packed(name):
+            return self.base.read(name, rows, columns)
+        return dequantize(self._packed_form(name), rows, columns)
+
+    def _packed_form(self, name: str) -> NF4:
+        with self._lock:  # one thread packs, the others wait for it
+            if name not in self._held:
+                self._held[name] = quantize(self.base.read(name), name)
+                if len(self._held) > PACKED:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(name)
+            return self._held[name]
+
+    def _merged(self, name: str, rows: slice, columns: slice) -> np.ndarray:
+        """W + update, before any stretching, float32 of new memory."""
+        shape = self.tensors[name].shape
+        (first, last), (left, right) = rows.indices(shape[0])[:2], columns.indices(shape[1])[:2]
+        A, B, _ = self._values[name]  # [in, r], [r, out]
+        # in the memory order of a Paddle file, [in, out], so that nothing is turned twice
+        merged = np.array(self._weight(name, rows, columns).T, np.float32, order="C")
+        for i in _grid(left, right, COLUMNS):
+            for o in _grid(first, last, ROWS):
+                update = (A[i] @ B[:, o]) * self.scaling
+                inside = _cut(i, left, right), _cut(o, first, last)
+                merged[_shifted(inside[0], left), _shifted(inside[1], first)] += update[
+                    _shifted(inside[0], i.start), _shifted(inside[1], o.start)
+                ]
+        return merged.T
+
+    def _lengths_of(self, name: str) -> np.ndarray:
+        """The length of each row of W + update, [out]."""
+        with self._lock:
+            found = self._lengths.get(name)
+        if found is None:  # two threads may find out the same
+            out, in_ = self.tensors[name].shape
+            height = max(1, AT_ONCE // in_)
+            parts = (self._merged(name, slice(begin, begin + height), ALL) for begin in range(0, out, height))
+            found = np.concatenate([np.sqrt((part * part).sum(axis=1)) for part in parts])
+            with self._lock:
+                self._lengths[name] = found
+        return found
+
+
+def _check_finite(adapter: Adapter | None, values: dict) -> None:
+    bad = [name for name, parts in values.items() if not all(np.isfinite(p).all() for p in parts if p is not None)]
+    if bad:
+        advice = "It came out of a training that failed. Nothing was written; merge an earlier checkpoint's."
+        raise CheckpointError(report(f"{adapter.folder} holds NaN or infinite values for:", bad, advice))
+
+
+def _grid(begin: int, end: int, step: int) -> Iterator[slice]:
+    """The blocks of a grid that touch a range."""
+    for start in range(begin // step * step, end, step):
+        yield slice(start, start + step)
+
+
+def _cut(block: slice, begin: int, end: int) -> slice:
+    return slice(max(block.start, begin), min(block.stop, end))
+
+
+def _shifted(part: slice, by: int) -> slice:
+    return slice(part.start - by, part.stop - by)
