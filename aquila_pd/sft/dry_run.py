@@ -106,7 +106,7 @@ def _check(stage: Stage, machine: Machine, found: DryRun) -> None:
 def _odd(one: Estimate) -> list[str]:
     """What can be meant and seldom is."""
     warmup = warmup_steps(one.stage.optim, one.steps)
-    if warmup < one.steps:
+    if warmup < max(one.steps, 2):  # one step may be all there is
         return []
     return [f"{one.stage.name}: the warmup, {counted(warmup, 'step')}, is all of {counted(one.steps, 'step')}"]
 

@@ -1,6 +1,7 @@
 """How much there is to train on: counted where the rows are prepared, else estimated from the files, and said so."""
 
 import math
+import tempfile
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from ..checkpoint.progress import counted
 from ..errors import DataError
 from .data.formats import BadRow, read_talk
-from .data.packing import best_fit, windows
+from .data.packing import plan_epoch
 from .data.pipeline import DataFile, data_files
 from .data.samples import Samples
 from .data.sources import read_rows
@@ -87,8 +88,8 @@ def _counted(stage: Stage, seed: int, samples: Samples) -> Amount:
 
 
 def _packs(samples: Samples, stage: Stage, seed: int, epoch: int) -> int:
-    parts = windows(samples, seed=seed, epoch=epoch)
-    return sum(len(best_fit(samples.records[part]["length"], stage.length)[1]) for part in parts)
+    with tempfile.TemporaryDirectory() as folder:
+        return len(plan_epoch(samples, length=stage.length, seed=seed, epoch=epoch, folder=Path(folder)))
 
 
 def _about(tokens: float, stage: Stage) -> int:
