@@ -94,11 +94,14 @@ class AquilaPretrainedModel(PretrainedModel):
             options.setdefault("low_cpu_mem_usage", not at_hand)
             name = str(pretrained_model_name_or_path)
             return super().from_pretrained(name, *args, config=config, dtype=dtype, **options)
-        return cls._from_folder(folder, config, dtype)
+        return cls.from_files(folder, config, dtype=dtype)
 
     @classmethod
-    def _from_folder(cls, folder: Path, config: AquilaConfig, dtype: str | None, make_instead=lambda model: {}):
-        """The model of a plain local folder. make_instead: gives load_weights() its `instead` for the empty model."""
+    def from_files(cls, folder: Path, config: AquilaConfig, *, dtype: str | None, make_instead=lambda model: {}):
+        """The model of a folder with safetensors. config: its own; the dtype is changed in it.
+
+        make_instead: called with the model while it is empty, for load_weights()'s `instead`.
+        """
         config.dtype = _compute_dtype(dtype, config.dtype)
         with ExitStack() as stack:
             stack.enter_context(no_init_weights(_enable=True))

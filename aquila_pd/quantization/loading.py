@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from paddle import nn
 
+from ..configuration import AquilaConfig
 from ..errors import CheckpointError
 from ..model_files import SAFETENSORS
 from ..modeling import AquilaForCausalLM
@@ -32,8 +33,8 @@ def load_quantized(
         places = find_projections(model, targets)
         return {f"{place.name}.weight": _packer(place, model.config.dtype) for place in places}
 
-    config = AquilaForCausalLM._config(str(folder), {}, {})
-    return AquilaForCausalLM._from_folder(folder, config, dtype, instead)
+    config = AquilaConfig.from_pretrained(str(folder))
+    return AquilaForCausalLM.from_files(folder, config, dtype=dtype, make_instead=instead)
 
 
 def _packer(place: Place, dtype: str):

@@ -71,9 +71,9 @@ class Adapter:
 
     def values(self, projection: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """lora_A [in, r], lora_B [r, out] and magnitude [out] or None, float32 in Paddle's layout."""
-        found = {kind: view(info) for (name, kind), info in self.tensors.items() if name == projection}
-        A, B, magnitude = (found.get(kind) for kind in ENDS)
-        return np.float32(A).T, np.float32(B).T, None if magnitude is None else np.float32(magnitude)
+        found = [self.tensors.get((projection, kind)) for kind in ENDS]
+        A, B, magnitude = (None if info is None else np.float32(view(info)).T for info in found)
+        return A, B, magnitude
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -9,6 +9,7 @@ is held but adapters, the four-bit form of a few matrices, and the parts that ar
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,32 @@ from ..checkpoint.sources import ALL, Source
 from ..checkpoint.targets import TORCH
 from ..errors import CheckpointError, report
 from ..quantization.nf4_values import NF4, dequantize, quantize
+from ..shards import view
 from .adapter_files import Adapter
 from .lora_math import scaling_of
 
 ROWS, COLUMNS = 512, 64  # blocks of an update that are always computed whole: no cut changes the last bits of a product
 UNPACKED_ROWS = 2048
-PACKED = 4  # matrices in four bits that are held: those that threads are at, 75 MB each at 34B
-AT_ONCE = 2**20  # values of a row's length
+HELD = 8  # matrices whose factors, and four bits, are in memory: those that threads are at; 80 MB each at 34B
+AT_ONCE = 2**20  # values of which lengths are taken
+
+
+@dataclass
+class _Matrix:
+    """What is known of a matrix that is merged or packed. factors: A [in, r], B [r, out], magnitude [out] or None;
+    lengths: of the rows of W + update, [out], once they are needed."""
+
+    factors: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None
+    packed: NF4 | None
+    lengths: np.ndarray | None = None
 
 
 class MergedSource:
     """An open source of a base model and an adapter. adapter: None for the base alone; packed: projections that are
-    rounded to NF4 first. Everything else is as of Source."""
+    rounded to NF4 first. Everything else is as of Source.
+
+    Raises CheckpointError, in the beginning, for an adapter with NaN or infinite values.
+    """
 
     framework = TORCH  # names and layout of what it hands out, whatever the base's are
 
@@ -37,13 +52,10 @@ class MergedSource:
         self.path, self.layout, self.family = base.path, base.layout, base.family
         self.fields, self.dims, self.notes, self.tensors = base.fields, base.dims, base.notes, base.tensors
         self.scaling = np.float32(scaling_of(adapter.spec)) if adapter else None
-        self._values = {
-            name: adapter.values(name.removesuffix(".weight")) for name in base.tensors if self._is_adapted(name)
-        }
-        _check_finite(adapter, self._values)
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, NF4] = OrderedDict()
-        self._lengths: dict[str, np.ndarray] = {}
+        self._held: OrderedDict[str, _Matrix] = OrderedDict()
+        if adapter is not None:
+            _check_finite(adapter)
 
     @property
     def config(self) -> dict:
@@ -60,19 +72,22 @@ class MergedSource:
 
     def tiles(self, hf_name: str) -> list[slice]:
         """Rows to read at once where all rows of some columns are wanted."""
-        if not (self._is_packed(hf_name) or hf_name in self._values):
+        if not (self._is_packed(hf_name) or self._is_adapted(hf_name)):
             return self.base.tiles(hf_name)
         rows = self.tensors[hf_name].shape[0]
         return [slice(begin, min(begin + UNPACKED_ROWS, rows)) for begin in range(0, rows, UNPACKED_ROWS)]
 
     def read(self, hf_name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
         """Part of one tensor in Hugging Face's layout [out, in]: float32 where it is merged or was packed."""
-        if hf_name not in self._values:
-            return self._weight(hf_name, rows, columns)
-        merged = self._merged(hf_name, rows, columns)
-        magnitude = self._values[hf_name][2]
+        if not (self._is_packed(hf_name) or self._is_adapted(hf_name)):
+            return self.base.read(hf_name, rows, columns)
+        matrix = self._matrix(hf_name)
+        if matrix.factors is None:
+            return self._weight(hf_name, matrix, rows, columns)
+        merged = self._merged(hf_name, matrix, rows, columns)
+        magnitude = matrix.factors[2]
         if magnitude is not None:
-            merged *= (magnitude / self._lengths_of(hf_name))[rows, None]
+            merged *= (magnitude / self._lengths_of(hf_name, matrix))[rows, None]
         return merged
 
     def _is_adapted(self, name: str) -> bool:
@@ -81,55 +96,52 @@ class MergedSource:
     def _is_packed(self, name: str) -> bool:
         return name.removesuffix(".weight").rpartition(".")[2] in self.packed
 
-    def _weight(self, name: str, rows: slice, columns: slice) -> np.ndarray:
-        if not self._is_packed(name):
-            return self.base.read(name, rows, columns)
-        return dequantize(self._packed_form(name), rows, columns)
-
-    def _packed_form(self, name: str) -> NF4:
-        with self._lock:  # one thread packs, the others wait for it
+    def _matrix(self, name: str) -> _Matrix:
+        with self._lock:  # one thread makes it, the others wait for it
             if name not in self._held:
-                self._held[name] = quantize(self.base.read(name), name)
-                if len(self._held) > PACKED:
+                factors = self.adapter.values(name.removesuffix(".weight")) if self._is_adapted(name) else None
+                packed = quantize(self.base.read(name), name) if self._is_packed(name) else None
+                self._held[name] = _Matrix(factors, packed)
+                if len(self._held) > HELD:
                     self._held.popitem(last=False)
             self._held.move_to_end(name)
             return self._held[name]
 
-    def _merged(self, name: str, rows: slice, columns: slice) -> np.ndarray:
+    def _weight(self, name: str, matrix: _Matrix, rows: slice, columns: slice) -> np.ndarray:
+        if matrix.packed is None:
+            return self.base.read(name, rows, columns)
+        return dequantize(matrix.packed, rows, columns)
+
+    def _merged(self, name: str, matrix: _Matrix, rows: slice, columns: slice) -> np.ndarray:
         """W + update, before any stretching, float32 of new memory."""
         shape = self.tensors[name].shape
         (first, last), (left, right) = rows.indices(shape[0])[:2], columns.indices(shape[1])[:2]
-        A, B, _ = self._values[name]  # [in, r], [r, out]
+        A, B, _ = matrix.factors
         # in the memory order of a Paddle file, [in, out], so that nothing is turned twice
-        merged = np.array(self._weight(name, rows, columns).T, np.float32, order="C")
+        merged = np.array(self._weight(name, matrix, rows, columns).T, np.float32, order="C")
         for i in _grid(left, right, COLUMNS):
             for o in _grid(first, last, ROWS):
                 update = (A[i] @ B[:, o]) * self.scaling
-                inside = _cut(i, left, right), _cut(o, first, last)
-                merged[_shifted(inside[0], left), _shifted(inside[1], first)] += update[
-                    _shifted(inside[0], i.start), _shifted(inside[1], o.start)
+                ins, outs = _cut(i, left, right), _cut(o, first, last)
+                merged[_shifted(ins, left), _shifted(outs, first)] += update[
+                    _shifted(ins, i.start), _shifted(outs, o.start)
                 ]
         return merged.T
 
-    def _lengths_of(self, name: str) -> np.ndarray:
-        """The length of each row of W + update, [out]."""
-        with self._lock:
-            found = self._lengths.get(name)
-        if found is None:  # two threads may find out the same
+    def _lengths_of(self, name: str, matrix: _Matrix) -> np.ndarray:
+        if matrix.lengths is None:  # two threads may find out the same
             out, in_ = self.tensors[name].shape
             height = max(1, AT_ONCE // in_)
-            parts = (self._merged(name, slice(begin, begin + height), ALL) for begin in range(0, out, height))
-            found = np.concatenate([np.sqrt((part * part).sum(axis=1)) for part in parts])
-            with self._lock:
-                self._lengths[name] = found
-        return found
+            parts = (self._merged(name, matrix, slice(i, i + height), ALL) for i in range(0, out, height))
+            matrix.lengths = np.concatenate([np.sqrt((part * part).sum(axis=1)) for part in parts])
+        return matrix.lengths
 
 
-def _check_finite(adapter: Adapter | None, values: dict) -> None:
-    bad = [name for name, parts in values.items() if not all(np.isfinite(p).all() for p in parts if p is not None)]
+def _check_finite(adapter: Adapter) -> None:
+    bad = [info.name for info in adapter.tensors.values() if not np.isfinite(np.float32(view(info))).all()]
     if bad:
         advice = "It came out of a training that failed. Nothing was written; merge an earlier checkpoint's."
-        raise CheckpointError(report(f"{adapter.folder} holds NaN or infinite values for:", bad, advice))
+        raise CheckpointError(report(f"{adapter.folder} holds NaN or infinite values:", bad, advice))
 
 
 def _grid(begin: int, end: int, step: int) -> Iterator[slice]:
