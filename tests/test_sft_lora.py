@@ -1,5 +1,9 @@
 """Adapters against peft on the same numbers: logits, gradients, training; and what putting on and merging promise."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import paddle
 import pytest
@@ -8,6 +12,7 @@ import twins
 from peft import LoraConfig, get_peft_model
 
 from aquila_pd.errors import AquilaError, CheckpointError, ConfigError
+from aquila_pd.sft import adapters
 from aquila_pd.sft.adapters import adapter_state, attach, load_adapter_state, merge
 from aquila_pd.sft.recipe import LoraSpec
 
@@ -149,6 +154,37 @@ def test_control_another_alpha_gives_other_losses():
         twins.assert_close(np.array(our_losses), np.array(losses), 2e-4, "losses")
 
 
+class Masked(torch.nn.Module):
+    """A dropout without chance: every third value goes, the others grow."""
+
+    def forward(self, x):
+        return x * torch.from_numpy(mask(x.shape[-1]))
+
+
+def mask(width: int) -> np.ndarray:
+    return np.float32(np.arange(width) % 3 != 0) * np.float32(1.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_put_where_peft_puts_it(kind, monkeypatch):
+    asked = spec(**KINDS[kind], dropout=0.3)
+    theirs, ours = pair(asked)
+    for module in theirs.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = Masked()
+
+    def dropout(x, rate, training):
+        return x * paddle.to_tensor(mask(x.shape[-1])) if training else x
+
+    monkeypatch.setattr(adapters.F, "dropout", dropout)
+    ids = twins.ids()
+    still = our_logits(ours, ids)
+    theirs.train(), ours.train()
+    expected = torch_logits(theirs, ids)
+    twins.assert_close(our_logits(ours, ids), expected, 1e-4, "logits")
+    assert np.abs(still.numpy() - expected.numpy()).max() > 0.1, "control: the mask does something"
+
+
 # ------------------------------------------------------------------------------------------------ putting on
 
 
@@ -228,6 +264,48 @@ def test_recompute_gives_the_same_gradients(kind):
     for name, gradient in plain.items():
         twins.assert_close(again[name], gradient, 1e-6, name)
         assert np.abs(gradient).max() > 0, name
+
+
+RANK = """
+import sys
+sys.path[:0] = {path!r}
+import numpy as np, paddle, paddle.distributed as dist, twins
+from test_sft_lora import our_loss, spec
+from aquila_pd.quantization.nf4 import quantize_model
+from aquila_pd.sft.adapters import adapter_state, attach
+
+dist.init_parallel_env()
+rank = dist.get_rank()
+_, model = twins.pair()
+quantize_model(model, ("q_proj", "up_proj"))
+paddle.seed(rank)  # other adapters on each rank: DataParallel takes those of rank 0
+attach(model, spec(dora=True, targets=("q_proj", "v_proj", "up_proj")))
+for parameter in adapter_state(model).values():
+    parameter.set_value(parameter + 0.1 * paddle.randn(parameter.shape))
+model.train()
+wrapped = paddle.DataParallel(model)
+our_loss(wrapped, twins.ids(rows=4)[2 * rank : 2 * rank + 2]).backward()
+both = {{name: p.grad.numpy() for name, p in adapter_state(model).items()}}
+model.clear_gradients()
+our_loss(model, twins.ids(rows=4)).backward()  # not through the wrapper: all rows on each rank
+for name, parameter in adapter_state(model).items():
+    alone = parameter.grad.numpy()
+    assert np.abs(alone).max() > 0, name
+    twins.assert_close(both[name], alone, 1e-5 * np.abs(alone).max() + 1e-8, name)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(path=[str(Path(__file__).parents[1]), str(Path(__file__).parent)]))
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
+    done = subprocess.run(
+        [*command, "--log_dir", str(tmp_path / "log"), str(script)], capture_output=True, text=True, timeout=300
+    )
+    logs = "".join(log.read_text() for log in sorted((tmp_path / "log").glob("workerlog.*")))
+    assert done.returncode == 0 and logs.count("equal") == 2, logs[-3000:]
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
