@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sft_samples import write_samples
 
 from aquila_pd.errors import DataError
 from aquila_pd.sft.data import order, packing
@@ -18,18 +19,6 @@ from aquila_pd.sft.data.best_fit import best_fit
 from aquila_pd.sft.data.order import Permutation, draw, phases_of, times_seen
 from aquila_pd.sft.data.packing import IGNORED, Plan, pack_arrays, plan_epoch
 from aquila_pd.sft.data.samples import RECORD, Samples, SamplesWriter
-
-
-def write_samples(folder: Path, lengths: list[int], *, weights: list[float] | None = None, seed: int = 0) -> Samples:
-    """Samples of random ids from 1 on, of which about half are targets; sample i comes from row i + 1."""
-    generator = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    with SamplesWriter(folder) as writer:
-        for i, length in enumerate(lengths):
-            ids, is_target = generator.integers(1, 1000, length), generator.random(length) < 0.5
-            writer.add(ids, is_target, file=0, row=i + 1, weight=weights[i] if weights else 1.0)
-        writer.finish(["rows.jsonl"])
-    return Samples.open(folder)
 
 
 def lengths_like_rows(count: int, *, seed: int = 1, most: int = 2048) -> np.ndarray:
@@ -354,68 +343,3 @@ def test_no_label_crosses_samples_and_the_counts_are_the_labels(tmp_path_factory
         assert (arrays["labels"][learned] == arrays["input_ids"][learned + 1]).all() if len(learned) else True
         assert (segments > 0).sum() == plan.token_counts[i]
     shutil.rmtree(folder)
-
-
-# --------------------------------------------------------------------------------------------------- samples, files
-
-
-def test_samples_are_read_as_they_were_written(tmp_path):
-    samples = write_samples(tmp_path / "samples", [3, 1, 7], weights=[1, 2, 0.5])
-    generator = np.random.default_rng(0)
-    for i, length in enumerate((3, 1, 7)):
-        ids, is_target = samples.sample(i)
-        assert ids.tolist() == generator.integers(1, 1000, length).tolist()
-        assert is_target.tolist() == (generator.random(length) < 0.5).tolist()
-        assert ids.dtype == np.int32 and is_target.dtype == np.bool_
-        assert samples.target_counts[i] == is_target[1:].sum()
-        assert samples.origin(i) == ("rows.jsonl", i + 1, 0)
-    assert samples.lengths.tolist() == [3, 1, 7] and samples.lengths.dtype == np.int64
-    assert samples.records["weight"].tolist() == [1, 2, 0.5]
-    assert samples.manifest["samples"] == 3 and samples.manifest["tokens"] == 11 and samples.manifest["longest"] == 7
-
-
-def test_unfinished_samples_are_refused(tmp_path):
-    folder = tmp_path / "samples"
-    folder.mkdir()
-    with pytest.raises(RuntimeError), SamplesWriter(folder) as writer:
-        writer.add(np.array([1, 2]), np.array([False, True]), file=0, row=1)
-        raise RuntimeError
-    with pytest.raises(DataError, match="unfinished"):
-        Samples.open(folder)
-    with pytest.raises(DataError, match="is not there"):
-        Samples.open(tmp_path / "elsewhere")
-
-
-@pytest.mark.parametrize("name", ["tokens.bin", "targets.bin", "samples.bin"])
-def test_damaged_samples_are_refused_by_size_and_when_asked_by_content(tmp_path, name):
-    folder = write_samples(tmp_path / "samples", [3, 1, 7]).folder
-    good = (folder / name).read_bytes()
-    (folder / name).write_bytes(bytes([good[0] ^ 1]) + good[1:])
-    Samples.open(folder)
-    with pytest.raises(DataError, match=f"{name} has other bytes"):
-        Samples.open(folder, verify=True)
-    (folder / name).write_bytes(good[:-1])
-    with pytest.raises(DataError, match=rf"{name} has \d+ bytes, not {len(good)}"):
-        Samples.open(folder)
-    (folder / name).unlink()
-    with pytest.raises(DataError, match=f"{name} is missing"):
-        Samples.open(folder)
-
-
-def test_a_manifest_of_something_else_is_refused(tmp_path):
-    folder = write_samples(tmp_path / "samples", [3]).folder
-    text = (folder / "samples.json").read_text()
-    (folder / "samples.json").write_text(text.replace('"version": 1', '"version": 99'))
-    with pytest.raises(DataError, match="another version"):
-        Samples.open(folder)
-    (folder / "samples.json").write_text('{"version": 1}')
-    with pytest.raises(DataError, match="does not say what the files hold"):
-        Samples.open(folder)
-    (folder / "samples.json").write_text(text.replace('"tokens": 3', '"tokens": 4'))
-    with pytest.raises(DataError, match=r"contradicts itself about tokens\.bin"):
-        Samples.open(folder)
-
-
-def test_equal_samples_have_equal_digests(tmp_path):
-    a, b, c = (write_samples(tmp_path / n, lengths) for n, lengths in (("a", [3, 1]), ("b", [3, 1]), ("c", [3, 2])))
-    assert a.digest == b.digest != c.digest
