@@ -206,7 +206,7 @@ def test_of_two_kept_rows_the_more_alike_is_named(signer):
         second[place] = rng.choice(VOCABULARY)
         between[place] = second[place] if number < 11 else text[place]
     messages = [said(" ".join(words), "ok") for words in (first, second, between)]
-    assert jaccard(*messages[:2]) < 0.6 < 0.7 < jaccard(messages[0], messages[2]) < jaccard(messages[1], messages[2])
+    assert jaccard(*messages[:2]) < 0.61 < 0.7 < jaccard(messages[0], messages[2]) < jaccard(messages[1], messages[2])
     index = NearIndex(0.65)
     assert [index.first(signer.sign(m), (0, n)) for n, m in enumerate(messages)] == [None, None, (0, 1)]
 

@@ -55,6 +55,18 @@ def read_items(stream: BinaryIO) -> Iterator[tuple[object, str | None]]:
         raise Damage(f"text follows the end at character {text.place:,}")
 
 
+def holds_items(stream: BinaryIO) -> bool:
+    """Whether a text begins as one that read_items reads; looks no further than the list begins."""
+    text = _Text(stream)
+    if text.next() != "{":
+        return text.next() == "["
+    try:
+        _enter_list(text)
+    except Damage:
+        return False
+    return True
+
+
 def _enter_list(text: "_Text") -> None:
     """Go to the beginning of the list in {"data": [...]}, past the values of other keys."""
     text.take("{")

@@ -6,7 +6,6 @@ file that cannot be read on raises DataError.
 
 import glob
 import gzip
-import json
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,12 +14,13 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from ...errors import DataError, report, shown_value
 from ...files import JSON_ERRORS, lfs_pointer, parse_json, why_not_a_file
-from .json_items import Damage, read_items
+from .json_items import Damage, holds_items, read_items
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 MAX_LINE = 20_000_000  # bytes; the longest rows that anybody publishes have less than two million
+BLANKS = b"\xef\xbb\xbf \t\r\n"  # white space, and the byte order mark's bytes
 BATCH = 256  # rows of parquet turned into Python at once
 LAST = 5  # bad rows that an error names
 LINES, JSON, PARQUET = "lines", "json", "parquet"
@@ -169,16 +169,16 @@ def _open(path: Path, packed: bool) -> BinaryIO:
 def _holds_lines(path: Path, packed: bool) -> bool:
     """Whether a .json file holds one object a line, as many do, and not one value."""
     with _open(path, packed) as stream:
+        if holds_items(stream):
+            return False
+    with _open(path, packed) as stream:
         line = b""
-        while not line.strip(b"\xef\xbb\xbf \t\r\n"):
+        while not line.strip(BLANKS):
             line = stream.readline(MAX_LINE)
             if not line:
                 return True  # nothing in it: no rows either way
-    try:
-        first = json.loads(line.decode("utf-8-sig"))
-    except JSON_ERRORS:
-        return False
-    return isinstance(first, dict) and not isinstance(first.get("data"), list)
+    value, wrong = _parsed(line)
+    return wrong is None and isinstance(value, dict)
 
 
 def _lines(path: Path, packed: bool, begin: int) -> Numbered:
@@ -190,7 +190,7 @@ def _lines(path: Path, packed: bool, begin: int) -> Numbered:
             whole = line
             while too_long and whole and not whole.endswith(b"\n"):
                 whole = stream.readline(MAX_LINE)
-            if number < begin or not line.strip(b"\xef\xbb\xbf \t\r\n"):
+            if number < begin or not line.strip(BLANKS):
                 continue
             if too_long:
                 yield number, None, f"longer than {MAX_LINE:,} bytes"
