@@ -2,9 +2,12 @@
 
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sft_rows_factory import chat, run, said, spec_of, write_lines
 
 from aquila_pd.errors import DataError
@@ -51,6 +54,19 @@ COUNT = len(words(DUCKS))
 def test_an_item_is_found_in_a_longer_prompt_however_it_is_written(ducks, text):
     assert met(ducks, text, "18") == [(2, COUNT)]
     assert met(ducks, "Tell me a story.", text) == [(2, COUNT)]  # in an answer too
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.text(max_size=40), st.text(max_size=40), st.integers(0, COUNT - 13), st.integers(0, 20))
+def test_any_part_is_found_between_any_texts(before, after, start, more):
+    told = words(DUCKS)
+    part = told[start : start + 13 + more]
+    text = f"{before} {' '.join(part)} {after}"
+    with tempfile.TemporaryDirectory() as folder:
+        benchmarks = Benchmarks([str(write_lines(Path(folder) / "test.jsonl", [{"question": DUCKS}]))])
+    (found,) = benchmarks.overlaps(said(text, "x"))
+    assert found.words >= len(part) and " ".join(part) in found.text
+    assert benchmarks.overlaps(said(before, after)) == []  # control
 
 
 def test_a_part_is_found_from_13_words_on(ducks):

@@ -1,8 +1,11 @@
 """Rows by source and by the language they are written in."""
 
 import json
+from functools import cache
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sft_rows_factory import said
 
 from aquila_pd.errors import DataError
@@ -26,9 +29,14 @@ KOREAN = "빠른 갈색 여우가 게으른 개를 뛰어넘고 나서 하루 �
 RUSSIAN = "Быстрая коричневая лиса прыгает через ленивую собаку, а потом спит весь оставшийся день."
 
 
-@pytest.fixture(scope="module")
-def english_and_chinese() -> LanguageFilter:
+@cache
+def _english_and_chinese() -> LanguageFilter:
     return LanguageFilter(("en", "zh"))
+
+
+@pytest.fixture
+def english_and_chinese() -> LanguageFilter:
+    return _english_and_chinese()
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
@@ -103,6 +111,14 @@ def test_a_column_that_is_wrong_is_not_believed(english_and_chinese):
 
 def test_megabytes_of_text_are_not_all_looked_at():
     assert len(sample(said("x " * 2_000_000, "`" * 1_000_000))) < 2_000
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(st.characters(), max_size=60))
+def test_every_text_is_judged(text):
+    known = _english_and_chinese()
+    assert known.judge(said(text, text)) in (None, OTHER_LANGUAGE, LANGUAGE_UNSURE)
+    assert known.judge(said(text, text)) == known.judge(said(text, text))
 
 
 def test_a_language_that_is_not_known_is_named():

@@ -94,6 +94,12 @@ def test_an_id_is_a_number_or_a_text_or_absent(found, known):
     assert read_talk(chat("q", "a")).id == ""
 
 
+def test_labels_are_texts_that_files_can_hold():
+    found = read_talk(chat("q", "a", id="\ud83d1", source="\udfff"))
+    assert (found.id, found.source) == ("?1", "?")
+    assert read_talk(chat("q", "a", source=5)).source == ""
+
+
 def test_text_beside_the_turns_stands_in_front():
     assert turns(chat("q", "a", instruction="be brief")) == [Turn("system", "be brief"), *turns(chat("q", "a"))]
     assert turns(chat("q", "a", instruction="")) == turns(chat("q", "a", system=None)) == turns(chat("q", "a"))
@@ -159,7 +165,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(sorted(KEYS)), anything, max_size=6), st.sampled_from(["auto", *NEEDED]))
 def test_whatever_stands_in_a_row_it_is_turns_or_a_bad_row(value, format):
     try:

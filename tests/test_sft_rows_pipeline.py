@@ -93,6 +93,17 @@ def test_several_processes_end_when_nobody_reads_on(many):
     assert multiprocessing.active_children() == []
 
 
+def test_a_process_that_is_gone_is_told_of(many):
+    import multiprocessing
+
+    rows = conversations(spec_of(many), 0, counters=Counters(), workers=2)
+    next(rows)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(DataError, match="ended before its time"):
+        list(rows)
+
+
 def test_counters_may_have_counted_another_stage(many):
     counters = Counters()
     for _ in range(2):

@@ -5,6 +5,7 @@ signature, its overlaps with benchmarks. So it can be done by several processes,
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from hashlib import blake2b
 from itertools import islice
 from multiprocessing import get_context
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...errors import DataError
 from .contamination import Benchmarks, Overlap
 from .counters import Counters
 from .duplicates import Signer, digest
@@ -146,7 +148,7 @@ def examine_rows(
     """Chunks in the order of the rows.
 
     workers: processes; 1: this one. arguments: (spec, files, seed, knows_system) that the examiner was made of, from
-    which other processes make their own.
+    which other processes make their own. Raises DataError when one of them ends before its time.
     """
     chunks = iter(lambda: list(islice(rows, CHUNK)), [])
     if workers <= 1:
@@ -159,6 +161,11 @@ def examine_rows(
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(_examine, chunk) for chunk in islice(chunks, 1))
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A process that examines rows has ended before its time, perhaps because memory ran out.\n"
+            "Ask for fewer processes; one needs none beside this one."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

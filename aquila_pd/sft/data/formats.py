@@ -63,8 +63,7 @@ def read_talk(value: Mapping, format: str = "auto") -> Talk:
     if missing:
         raise BadRow(f"has no {' and no '.join(missing)}, which the format {found} needs; it has {_keys(value)}")
     _refuse_tools(value)
-    turns = list(_READERS[found](value))
-    return Talk(turns, _identity(value.get("id")), value["source"] if isinstance(value.get("source"), str) else "")
+    return Talk(list(_READERS[found](value)), _label(value.get("id"), also=int), _label(value.get("source")))
 
 
 def _format_of(value: Mapping) -> str:
@@ -82,9 +81,10 @@ def _keys(value: Mapping) -> str:
     return ", ".join(names) or "no keys"
 
 
-def _identity(found: object) -> str:
-    is_one = isinstance(found, (int, str)) and not isinstance(found, bool)
-    return str(found) if is_one else ""
+def _label(found: object, *, also: type = str) -> str:
+    """A text, or what is of another type, as text that files can hold; "" for anything else."""
+    is_one = isinstance(found, (str, also)) and not isinstance(found, bool)
+    return str(found).encode("utf-8", "replace").decode("utf-8") if is_one else ""
 
 
 def _refuse_tools(value: Mapping) -> None:

@@ -33,7 +33,8 @@ class Source:
 class DataSpec:
     """The rows of one stage. Raises DataError that names every value that cannot be.
 
-    train: what is trained on. held_out: the share of its rows kept for evaluation, by a hash of seed and content.
+    train: what is trained on. held_out: the share of its rows kept for evaluation, by a hash of seed and content: equal
+    rows are on one side, rows that are nearly equal only where `near` leaves one of them.
     evaluate: files of their own for evaluation; a row of them that is in `train` too is not trained on.
     overlong: what becomes of a sample longer than a pack (split: cut at turn borders, every part trained on).
     max_bad_lines: lines that cannot be read before the run stops.
