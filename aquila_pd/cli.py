@@ -19,7 +19,9 @@ VERBS = {
     "chat": ("aquila_pd.chat.terminal", "talk to a converted model in the terminal"),
     "generate": ("aquila_pd.chat.batch", "continue prompts, or answer them, one or a file of them"),
     "serve": ("aquila_pd.serving.command", "a web service that OpenAI clients talk to, with a chat page"),
+    "sft": ("aquila_pd.sft.command", "tune a model as a recipe says: rows, stages, result; goes on where it stopped"),
     "export": ("aquila_pd.sft.export_command", "what a run or an adapter has learned as a plain model folder"),
+    "data": ("aquila_pd.sft.data.command", "rows to fine-tune on: what is in them, what is learned, samples of them"),
     "doctor": ("aquila_pd.doctor", "installed versions beside the tested ones, this machine, and what to mend"),
 }
 

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import signal
 
 import numpy as np
 import paddle
@@ -213,8 +215,9 @@ def test_told_to_stop_it_ends_the_step_and_saves(tmp_path):
     whole = run(tmp_path / "whole", of).losses
     trainer, reporter = trainer_of(tmp_path / "run", of)
     step = reporter.step
-    reporter.step = lambda record: (step(record), setattr(trainer, "_told_to_stop", record.step == 5))
-    with pytest.raises(Stopped):
+    tell = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record.step == 4 else None  # noqa: E731
+    reporter.step = lambda record: (step(record), tell(record))
+    with pytest.raises(Stopped, match="SIGTERM"):
         trainer.run(None)
     assert trainer.checkpoints.steps()[-1] == 5
     assert run(tmp_path / "run", of, resume=True).losses == whole[5:]

@@ -45,7 +45,11 @@ class Best:
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop (Ctrl-C, SIGTERM); what was done is in a checkpoint."""
+    """Somebody asked the run to stop by signal `number` (Ctrl-C, SIGTERM); what was done is in a checkpoint."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 class StageTrainer(Trainer):
@@ -68,7 +72,8 @@ class StageTrainer(Trainer):
         self.best = Best()
         self._resumed_from: Checkpoint | None = None
         self._loss = self._norm = math.nan
-        self._told_to_stop = False
+        self._asked = 0  # the signal by which this rank was asked to stop
+        self._stopping = False  # what all ranks agreed on at the last step
         self._seen = -1  # the last step that was logged
         super().__init__(model=model, args=arguments, callbacks=[_BeforeUpdate(self)])
         self.share = Share(max(arguments.dataset_rank, 0), arguments.dataset_world_size, stage.micro_batch)
@@ -97,9 +102,9 @@ class StageTrainer(Trainer):
         """Ctrl-C and SIGTERM let the step end; a second one is not waited for."""
 
         def told(number: int, frame: object) -> None:
-            if self._told_to_stop:
+            if self._asked:
                 signal.default_int_handler(number, frame)
-            self._told_to_stop = True
+            self._asked = number
 
         before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -138,8 +143,8 @@ class StageTrainer(Trainer):
 
     def _check_loss_valid(self, loss) -> None:
         """The step's loss over all ranks; every rank learns at once when it is no number or somebody wants to stop."""
-        sums = _sum_over_ranks([float(loss) / self.share.ranks, float(self._told_to_stop)])
-        self._loss, self._told_to_stop = sums[0], sums[1] > 0
+        sums = _sum_over_ranks([float(loss) / self.share.ranks, float(self._asked > 0)])
+        self._loss, self._stopping = sums[0], sums[1] > 0
         if not math.isfinite(self._loss):
             raise self._not_a_number("loss", self._loss)
 
@@ -187,10 +192,10 @@ class StageTrainer(Trainer):
         if self.held_out and (at_end or (stage.eval_every and step % stage.eval_every == 0)):
             improved = self.evaluate_held_out(step)
         due = stage.save_every and step % stage.save_every == 0
-        if at_end or due or self._told_to_stop or (improved and stage.keep_best):
+        if at_end or due or self._stopping or (improved and stage.keep_best):
             self._save(step)
-        if self._told_to_stop and not at_end:
-            raise Stopped
+        if self._stopping and not at_end:
+            raise Stopped(self._asked or signal.SIGTERM)
         self._clock = time.perf_counter()  # the next step's time begins after evaluation and saving
 
     def _record(self, step: int) -> None:

@@ -1,0 +1,224 @@
+"""`aquila-pd sft`: a recipe from its rows to a tuned model, in one run folder; the same command goes on with it."""
+
+import argparse
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..checkpoint.terminal import run as run_command
+from ..errors import OutputError, RecipeError, TrainingError
+from . import launch
+from .manifest import FILE as MANIFEST
+from .manifest import Manifest, describe_model, environment
+from .recipe import Recipe, load_recipe
+from .run_folder import RunFolder
+
+LOCK = "run.lock"
+PREPARED_BY = "AQUILA_PD_SFT_PREPARED"  # set for the ranks that this command starts: all before training is done
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="aquila-pd sft",
+        description="Tune a model as a recipe says: prepare its rows, train its stages one after the other, write the "
+        "result. Killed or stopped, the same command goes on where it was.",
+        epilog="Examples: `aquila-pd sft recipes/tiny.yaml`, `aquila-pd sft recipes/tiny.yaml output=runs/2 "
+        "'stages.*.optim.lr=2e-5' --dry-run`, `aquila-pd sft runs/2`.",
+    )
+    made.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, or the folder of a run to go on with")
+    made.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="keys of the recipe to change, by their path")
+    made.add_argument("--dry-run", action="store_true", help="say what would be done and what it takes, and do nothing")
+    made.add_argument("--prepare", action="store_true", help="prepare the rows of all stages, and stop there")
+    made.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="to train with on this machine (default: one for each GPU; on a CPU one)",
+    )
+    made.add_argument("--threads", type=int, metavar="N", help="of the mathematics (default: the cores, shared out)")
+    made.add_argument("--workers", type=int, metavar="N", help="processes that prepare rows (default: the cores)")
+    made.add_argument(
+        "--tokens-per-s",
+        type=float,
+        metavar="X",
+        help="for the time that --dry-run says: tokens a device was measured to train on (default: from its peak)",
+    )
+    made.add_argument("--device", metavar="NAME", help="for --dry-run: a card that is not here, such as A100-80GB")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when all stages are done, 1 for what a person can mend, 2 for wrong arguments, 130 or 143 when stopped."""
+    args = parser().parse_intermixed_args(argv)
+    if launch.ranks() > 1:
+        return run_command(lambda: _train(args, _recipe_of_run(args)))
+    return run_command(lambda: _run(args))
+
+
+# ---------------------------------------------------------------------------------------------- before training
+
+
+def _run(args: argparse.Namespace) -> int:
+    recipe = read_recipe(args.recipe, args.changes)
+    if args.dry_run:
+        return _dry_run(args, recipe)
+    gpus, processes = _devices(args)
+    run = RunFolder(Path(recipe.output))
+    with _alone(run.root):
+        manifest = _open_manifest(recipe, run, devices=processes)
+        _prepare_all(recipe, run, manifest, workers=args.workers)
+        if args.prepare:
+            print(f"The rows of all stages are prepared. Train on them with `aquila-pd sft {run.root}`.")
+            return 0
+        if processes == 1:
+            return _train(args, recipe)
+        return _start_ranks(args, run, processes, on_gpus=gpus > 0)
+
+
+def read_recipe(source: Path, changes: list[str]) -> Recipe:
+    """The recipe of a YAML file, or that of a run folder, changed. Raises RecipeError, TrainingError."""
+    if not source.is_dir():
+        return load_recipe(source, changes)
+    recipe = Manifest.open(source).recipe
+    if changes:
+        raise RecipeError(
+            f"{source} is the folder of a run, which goes on as it was. To change keys that may be changed, give the "
+            "recipe's file and the changes."
+        )
+    if Path(recipe.output).resolve() != source.resolve():  # the folder was moved
+        raise RecipeError(
+            f"{source} is a run that was made as {recipe.output}. Go on with it by its recipe: output=..."
+        )
+    return recipe
+
+
+def _devices(args: argparse.Namespace) -> tuple[int, int]:
+    """(GPUs here, processes to train with). Raises TrainingError for a number that cannot be."""
+    import paddle
+
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    processes = args.processes if args.processes is not None else max(gpus, 1)
+    launch.check_processes(processes, gpus=gpus)
+    return gpus, processes
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the run folder's lock. Raises OutputError when another process does, or the folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise OutputError(f"The run folder {folder} cannot be written: {error.strerror or error}.") from error
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            raise OutputError(
+                f"Process {held.read().strip() or '?'} is training in {folder}. Wait for it, or choose another output."
+            ) from None
+        held.truncate(0)
+        held.write(str(os.getpid()))
+        held.flush()
+        yield
+
+
+def _open_manifest(recipe: Recipe, run: RunFolder, *, devices: int) -> Manifest:
+    """The run's manifest: of a run that begins, or of one that goes on, with what is different said."""
+    from .estimate import Machine
+
+    there = (run.root / MANIFEST).is_file()
+    known = Manifest.open(run.root) if there else None
+    model = describe_model(Path(recipe.model), known.content["model"] if known else None)
+    facts = environment(devices=devices, device=Machine.here(devices).name)
+    if known is None:
+        return Manifest.start(run.root, recipe, model=model, environment=facts)
+    for line in known.resume(recipe, model=model, environment=facts):
+        print(f"  changed   {line}")
+    return known
+
+
+def _prepare_all(recipe: Recipe, run: RunFolder, manifest: Manifest, *, workers: int | None) -> None:
+    """Prepare the rows of every stage that is not done, so that what is wrong with them shows before the first."""
+    from .preparing import prepare_stage
+
+    for stage in recipe.stages:
+        if not run.result(stage.name).is_dir():
+            manifest.update(stage.name, data=prepare_stage(recipe, stage, run, workers=workers))
+
+
+def _dry_run(args: argparse.Namespace, recipe: Recipe) -> int:
+    from .data.prepare import TRAIN
+    from .dry_run import dry_run
+    from .estimate import Machine
+
+    run = RunFolder(Path(recipe.output))
+    if args.device:
+        machine = Machine.named(args.processes or 1, args.device)
+    else:
+        machine = Machine.here(_devices(args)[1])
+
+    def prepared(stage: str) -> Path | None:
+        folder = run.data(stage) / TRAIN
+        return folder if folder.is_dir() else None
+
+    found = dry_run(recipe, machine, prepared=prepared, tokens_per_s=args.tokens_per_s)
+    print(found.text)
+    return 1 if found.findings else 0
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def _start_ranks(args: argparse.Namespace, run: RunFolder, processes: int, *, on_gpus: bool) -> int:
+    command = [sys.executable, "-m", "aquila_pd.cli", "sft", str(run.root)]
+    command += [] if args.threads is None else ["--threads", str(args.threads)]
+    os.environ[PREPARED_BY] = str(os.getpid())
+    return launch.run_together(command, processes, on_gpus=on_gpus, logs=run.logs)
+
+
+def _recipe_of_run(args: argparse.Namespace) -> Recipe:
+    """The recipe that a rank trains by. Raises TrainingError where nobody has prepared the run."""
+    recipe = read_recipe(args.recipe, args.changes)
+    if PREPARED_BY in os.environ:
+        return recipe
+    manifest = Manifest.open(Path(recipe.output))
+    unready = [name for name, facts in manifest.content["stages"].items() if not facts.get("data")]
+    if unready:
+        raise TrainingError(
+            f"The rows of {', '.join(unready)} are not prepared, which one process does before all others start:\n"
+            f"  aquila-pd sft {args.recipe} {' '.join(args.changes)} --prepare"
+        )
+    return recipe
+
+
+def _train(args: argparse.Namespace, recipe: Recipe) -> int:
+    from ..chat.loading import cores, quiet, use_threads
+
+    quiet()
+    local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
+    use_threads(args.threads if args.threads is not None else max(1, cores() // local))
+    from .stages import train
+    from .trainer import Stopped
+
+    run = RunFolder(Path(recipe.output))
+    try:
+        train(recipe, run, Manifest.open(run.root))
+    except Stopped as stopped:
+        if launch.rank() == 0:
+            print(f"Stopped; all that was learned is kept. Go on with:\n  aquila-pd sft {run.root}", file=sys.stderr)
+        return 128 + stopped.number
+    if launch.rank() == 0:
+        print(last_words(recipe, run))
+    return 0
+
+
+def last_words(recipe: Recipe, run: RunFolder) -> str:
+    """What a person does next."""
+    folder = run.model if run.model.is_dir() else run.result(recipe.stages[-1].name)
+    talk = f"  aquila-pd chat {folder}" if run.model.is_dir() else f"  aquila-pd export {run.root} --output DIR"
+    return f"Done. The tuned model is in {folder}; everything about the run is in {run.root}.\n{talk}"
