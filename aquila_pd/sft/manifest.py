@@ -28,7 +28,7 @@ FILE = "manifest.json"
 FORMAT = 1
 RUNNING, DONE = "running", "done"
 HASHED_AT_ONCE = 4  # files; hashing leaves the interpreter free
-ADVICE = "Go on with the recipe as it was (leave it out of the command), or start this one in another output folder."
+ADVICE = "Go on as it was with `aquila-pd sft {folder}`, or give this recipe another output."
 
 
 # ------------------------------------------------------------------------------------------------------------ facts
@@ -137,7 +137,8 @@ class Manifest:
         found = differences(self.content["recipe"]["written"], recipe.written, stages=self.content["stages"])
         found.refused += _other_model(self.content["model"], model)
         if found.refused:
-            raise RecipeError(report(f"The run in {self.path.parent} cannot go on as asked:", found.refused, ADVICE))
+            advice = ADVICE.format(folder=self.path.parent)
+            raise RecipeError(report(f"The run in {self.path.parent} cannot go on as asked:", found.refused, advice))
         said = found.said + _environment_lines(before, environment)
         self.content["recipe"] = _recipe_facts(recipe)
         self.content["model"] = dict(model)
