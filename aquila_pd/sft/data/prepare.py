@@ -98,7 +98,7 @@ def prepare(
     try:
         with building(folder) as partial:
             made = _Preparing(spec, prompts, inputs, partial)
-            manifest = made.run(_workers(workers), progress, note)
+            manifest = made.run(workers_for(workers), progress, note)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -109,10 +109,17 @@ def prepare(
     return PreparedSummary(folder, manifest, is_reused=False)
 
 
-def _workers(asked: int | None) -> int:
+def workers_for(asked: int | None) -> int:
+    """So many processes, by default one for each core. Raises ConfigError for a number that has no meaning."""
     if asked is not None and asked < 1:
         raise ConfigError(f"The number of workers is {asked}; it must be at least 1.")
     return asked or min(cores(), MOST_WORKERS)
+
+
+def readers_for(spec: DataSpec, workers: int | None) -> int:
+    """So many processes that read rows: one is enough where nothing is looked for in them."""
+    is_costly = spec.deduplicate == "near" or spec.contamination or spec.languages
+    return workers_for(workers) if is_costly else 1
 
 
 def read_manifest(folder: Path) -> dict:
@@ -175,8 +182,6 @@ class _Preparing:
         return Encoder(self._prompts, self._inputs["length"], self._spec.overlong)
 
     def _conversations(self, workers: int, note: Callable[[str], None]) -> Iterator[Conversation]:
-        # what a row costs beside its encoding; for the rest one process is enough to read them
-        is_costly = self._spec.deduplicate == "near" or self._spec.contamination or self._spec.languages
         return conversations(
             self._spec,
             self._inputs["seed"],
@@ -184,7 +189,7 @@ class _Preparing:
             knows_system=knows_system(self._prompts),
             findings=self._findings,
             note=note,
-            workers=workers if is_costly else 1,
+            workers=readers_for(self._spec, workers),
             folder=self._folder,
         )
 

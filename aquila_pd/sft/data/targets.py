@@ -32,6 +32,15 @@ class Sample(NamedTuple):
         return label_count(self.is_target)
 
 
+class Written(NamedTuple):
+    """A conversation's text with its sample. spans: of each id in the text, (begin, end) in characters; an id that
+    writes nothing of it has an empty one."""
+
+    text: str
+    sample: Sample
+    spans: list[Span]
+
+
 def encode_conversation(prompts: ChatPrompts, messages: Sequence[Mapping]) -> Sample:
     """The ids of a conversation, and which are learned.
 
@@ -40,13 +49,20 @@ def encode_conversation(prompts: ChatPrompts, messages: Sequence[Mapping]) -> Sa
     Raises ChatError for what cannot be written, TokenizerError for words that cannot be spelled, ConfigError where eos
     is needed and the tokenizer has none.
     """
+    return write_conversation(prompts, messages).sample
+
+
+def write_conversation(prompts: ChatPrompts, messages: Sequence[Mapping]) -> Written:
+    """The same, with the text and where each id stands in it."""
     pieces = prompts.pieces(messages, add_generation_prompt=False)
-    found = prompts.tokenizer.encode_pieces_with_spans(pieces)
-    ids = np.array(found.ids, dtype=np.int32)  # [n]
-    is_target = targets_of(pieces, found.spans)  # [n]
+    ids, spans = prompts.tokenizer.encode_pieces_with_spans(pieces)
+    is_target = targets_of(pieces, spans)  # [n]
+    written = Written(
+        "".join(piece.text for piece in pieces), Sample(np.array(ids, dtype=np.int32), is_target), list(spans)
+    )
     if messages[-1]["role"] == "assistant" and not is_closed(prompts, pieces):
-        ids, is_target = _with_eos(prompts, ids, is_target)
-    return Sample(ids, is_target)
+        return _with_eos(prompts, written)
+    return written
 
 
 def targets_of(pieces: Sequence[Piece], spans: Sequence[Span]) -> np.ndarray:
@@ -66,7 +82,7 @@ def is_closed(prompts: ChatPrompts, pieces: Sequence[Piece]) -> bool:
     return any(stop in closing for stop in (*prompts.stop_strings, *tokens))
 
 
-def _with_eos(prompts: ChatPrompts, ids: np.ndarray, is_target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _with_eos(prompts: ChatPrompts, written: Written) -> Written:
     """eos behind the last token that is learned; what a template of somebody else's writes behind that goes."""
     eos = prompts.tokenizer.eos_token_id
     if eos is None:
@@ -74,8 +90,11 @@ def _with_eos(prompts: ChatPrompts, ids: np.ndarray, is_target: np.ndarray) -> t
             f"Nothing ends an answer: the chat template {prompts.name} closes it with no special token, and the "
             "tokenizer names no eos_token.\nName one in tokenizer_config.json, or use another template."
         )
+    text, (ids, is_target), spans = written
     end = int(np.flatnonzero(is_target)[-1]) + 1 if is_target.any() else len(ids)
-    return np.append(ids[:end], np.int32(eos)), np.append(is_target[:end], True)
+    text = text[: max((span[1] for span in spans[:end]), default=0)]
+    sample = Sample(np.append(ids[:end], np.int32(eos)), np.append(is_target[:end], True))
+    return Written(text, sample, [*spans[:end], (len(text), len(text))])
 
 
 SYSTEM = "a1b2"  # what no template says of its own accord
