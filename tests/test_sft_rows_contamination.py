@@ -211,6 +211,19 @@ def test_a_contaminated_row_is_dropped_counted_and_reported(contaminated):
     assert pair["text"].startswith("janets ducks lay 16 eggs") and pair["share"] == 1.0
 
 
+def test_a_row_that_is_only_like_a_contaminated_one_stays(tmp_path):
+    """What a benchmark takes away must not take away others as near-duplicates of it."""
+    rng = random.Random(2)
+    story = " ".join(rng.choices([f"w{n}" for n in range(999)], k=150))
+    asked = "which of these two old ships came home first with all her sails torn"
+    rows = [chat(f"{story} {asked}", "x"), chat(f"{story} {asked.replace('home', 'back')}", "x")]
+    bench = write_lines(tmp_path / "bench.jsonl", [{"question": asked}])
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    found, counters, _ = run(spec_of(file, contamination=(str(bench),), deduplicate="near"))
+    assert [row.number for row in found] == [2] and counters["contaminated"] == 1
+    assert [row.number for row in run(spec_of(file, deduplicate="near"))[0]] == [1]  # control: they are alike
+
+
 def test_it_is_only_reported_when_it_is_to_be_kept(contaminated):
     spec = spec_of(contaminated["file"], contamination=(str(contaminated["bench"]),), drop_contaminated=False)
     rows, counters, findings = run(spec)

@@ -232,6 +232,20 @@ def test_a_table_that_has_grown_finds_the_same(monkeypatch):
     assert len(small._rows) < len(large._rows)
 
 
+def test_rows_that_meet_in_one_band_of_many_are_found():
+    rng = np.random.default_rng(8)
+    signatures = rng.integers(0, 2**32, (2_000, NUMBERS), dtype=np.uint64).astype(np.uint32)
+    index = NearIndex(0.5)
+    bands, width = bands_for(0.5)
+    for number, signature in enumerate(signatures):
+        assert index.first(signature, (0, number)) is None
+    for number, signature in enumerate(signatures):
+        other = signature.copy()
+        other[: bands * width : width] += 1  # one number of each band
+        other[number % bands * width] -= 1
+        assert index.first(other, (1, number)) == (0, number)
+
+
 def test_rows_that_share_a_band_only_do_not_make_searches_long(monkeypatch):
     """A thousand rows that begin alike and are otherwise unlike: each search ends, and none is dropped."""
     rng = np.random.default_rng(6)

@@ -182,7 +182,7 @@ def test_control_without_bad_rows_nothing_stops(tmp_path):
     st.integers(1, 40),
 )
 def test_an_array_read_in_small_pieces_is_the_array_read_at_once(rows, indent, is_wrapped, chunk):
-    whole = {"a": [1, {}], "data": rows, "z": {"data": []}} if is_wrapped else rows
+    whole = {"a": [1, {}], "b": 1234567, "data": rows, "z": {"data": []}} if is_wrapped else rows
     text = json.dumps(whole, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
     before, json_items.CHUNK = json_items.CHUNK, chunk
     try:

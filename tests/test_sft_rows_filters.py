@@ -77,6 +77,7 @@ def test_names_that_fit_no_row_are_known():
     ("text", "language"),
     [(ENGLISH, "en"), (GERMAN, "de"), (FRENCH, "fr"), (CHINESE, "zh"), (TRADITIONAL, "zh"), (JAPANESE, "ja"),
      (KOREAN, "ko"), (RUSSIAN, "ru"), (CHINESE + " def add(a, b): return a + b", "zh"),
+     (CHINESE + " the quick brown fox jumps over", "zh"),
      (ENGLISH + " 你好", "en"), ("1 + 1 = 2", None), ("OK", None), ("", None), ("你好吗", "zh")],
 )  # fmt: skip
 def test_languages_of_texts(english_and_chinese, text, language):
