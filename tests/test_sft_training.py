@@ -14,9 +14,10 @@ from twins import assert_close
 from aquila_pd.errors import TrainingError
 from aquila_pd.sft.batches import FIELDS, Share, Steps
 from aquila_pd.sft.loss import SummedLoss
+from aquila_pd.sft.optimizer import gradients
 from aquila_pd.sft.recipe import Optim
 from aquila_pd.sft.schedule import learning_rate
-from aquila_pd.sft.trainer import Stopped
+from aquila_pd.sft.trainer import Stopped, arguments
 
 # float32 sums in another order; losses near 4.6
 ROUNDING = 5e-6
@@ -265,3 +266,27 @@ def test_records_say_what_was_trained_on(tmp_path):
     record = reporter.steps[1]
     assert (record.valid_tokens, record.tokens, record.positions) == (counts.labels, counts.tokens, 8 * LENGTH)
     assert record.step == 2 and record.steps == 2 and record.epoch == pytest.approx(16 / (len(data) / 2), rel=0.05)
+
+
+# ----------------------------------------------------------------------------------- half precision, as far as it goes
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_float32_gradients_beside_half_precision_weights_give_the_same_run(tmp_path, monkeypatch, method):
+    """What a GPU does with bfloat16 weights, here with float32 ones: gradients are summed up in main_grad."""
+    plain = run(tmp_path / "plain", stage(method=method, micro_batch=2, max_steps=5))
+    seen = []
+
+    def with_master_gradients(*args, half: bool, **more):
+        return arguments(*args, half=True, **more)
+
+    def gradients_of(parameters):
+        seen.extend(getattr(p, "main_grad", None) is not None and p.grad is None for p in parameters)
+        return gradients(parameters)
+
+    monkeypatch.setattr("sft_factory.arguments", with_master_gradients)
+    monkeypatch.setattr("aquila_pd.sft.trainer.gradients", gradients_of)
+    half = run(tmp_path / "half", stage(method=method, micro_batch=2, max_steps=5))
+    assert seen and all(seen)
+    assert_close(np.array(half.losses), np.array(plain.losses), ROUNDING)
+    assert_close(*(np.array([r.grad_norm for r in x.steps]) for x in (half, plain)), 1e-5)

@@ -126,12 +126,21 @@ class StageTrainer(Trainer):
         """Forward and backward of a micro-batch; its share of the step's loss, float32 scalar."""
         paddle.seed(derive_key("draws", self.seed, self.stage.name, inputs["step"], inputs["micro"], self.share.rank))
         model.train()
-        with self.autocast_smart_context_manager():
-            total = model(**self._prepare_inputs(inputs))
+        total = model(**self._prepare_inputs(inputs))
         # ranks' gradients are averaged, hence the number of ranks
         loss = total * (self.share.ranks / inputs["labels_in_step"])
         loss.backward()
         return loss.detach()
+
+    # ------------------------------------------------------------------------------------ half precision
+
+    def _wrap_amp_model(self, args, model) -> None:
+        """No autocast: the model is bfloat16 by itself and knows what stays float32, such as angles and norms.
+
+        What is left of the Trainer's mixed precision is the float32 gradients (amp_master_grad).
+        """
+        self.do_grad_scaling = self.enable_autocast_context_manager = False
+        self.amp_dtype = "bfloat16"
 
     # ------------------------------------------------------------------------- optimizer and schedule
 
@@ -223,7 +232,7 @@ class StageTrainer(Trainer):
         model, packs, share = self.model, self.held_out, self.share
         model.eval()
         total, labels = 0.0, 0
-        with paddle.no_grad(), self.autocast_smart_context_manager():
+        with paddle.no_grad():
             for number in range(share.rank, len(packs), share.ranks):
                 arrays = packs.arrays(number)
                 total += float(model(**{name: paddle.to_tensor(arrays[name][None]) for name in FIELDS}))
