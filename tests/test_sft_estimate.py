@@ -383,7 +383,7 @@ def test_a_dry_run_says_all_there_is_to_know_and_writes_nothing(recipe, tmp_path
         "trains    all 36,768 of 36,768 weights, in float32",
         "trains    lora of rank 8: 1,792 of 36,768 weights",
         "(estimated from 1 file, before filters and duplicates)",
-        "GiB on each device:",
+        "MiB on each device:",
         "at the given 100 tok/s of a device",
         "All stages: about",
         "Nothing was started; nothing known stands in the way.",

@@ -144,6 +144,13 @@ def test_a_resumed_run_leaves_the_log_as_if_nothing_had_happened(tmp_path):
     assert steps_in(tmp_path / "killed") == steps_in(tmp_path / "whole") == [("one", i) for i in range(1, 11)]
 
 
+def test_a_stage_that_goes_on_from_before_the_newest_checkpoint_cuts_the_log_once_more(tmp_path):
+    run(tmp_path, StageInfo("one", 10), *map(record, range(1, 9)))
+    said = run(tmp_path, "the newest is damaged", StageInfo("one", 10, step=3), record(4), resume=("one", 6))
+    assert steps_in(tmp_path) == [("one", i) for i in range(1, 5)]
+    assert "2 lines after step 6" in said and "lines after step 3 of stage one are cut off" in said
+
+
 def test_a_run_that_goes_on_in_its_first_stage_forgets_the_second(tmp_path):
     two = [record(i, stage="two") for i in (1, 2)]
     run(tmp_path, StageInfo("one", 10), *map(record, range(1, 11)), StageInfo("two", 10), *two)
@@ -189,6 +196,17 @@ def test_without_a_terminal_there_is_one_plain_line_every_so_often(tmp_path):
     assert lines[6] == "one  step 10: evaluation loss 1.2500, the best so far (3 s)"
 
 
+def test_what_is_saved_is_named_from_the_run_folder_on(tmp_path):
+    stream = io.StringIO()
+    with Reporter(tmp_path, stages=STAGES, stream=stream) as reporter:
+        reporter.start(StageInfo("one", 10))
+        reporter.saved(tmp_path / "stages" / "one")
+        reporter.saved(Path("/elsewhere"))
+    assert stream.getvalue().splitlines()[-2:] == ["one  step 0: saved stages/one", "one  step 0: saved /elsewhere"]
+    saved = [line["path"] for line in read_log(tmp_path / "log.jsonl") if line["kind"] == "saved"]
+    assert saved == ["stages/one", "/elsewhere"]
+
+
 def test_without_a_peak_nothing_is_said_of_mfu(tmp_path):
     assert "MFU" not in run(tmp_path, StageInfo("one", 10, flops_per_token=2e9), record(1))
 
@@ -197,7 +215,7 @@ BAR = """
 import sys, io
 from pathlib import Path
 from test_sft_logs import *
-with Reporter(Path(sys.argv[1]), stages=STAGES) as reporter:
+with Reporter(Path(sys.argv[1]), stages=["a-stage-with-a-rather-long-name"]) as reporter:
     reporter.start(StageInfo("a-stage-with-a-rather-long-name", 10, flops_per_token=2e9, peak_flops=1e12))
     for step in range(1, 8):
         reporter.step(record(step, stage="a-stage-with-a-rather-long-name", devices=8, seconds=4e4))

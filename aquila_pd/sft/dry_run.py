@@ -154,10 +154,11 @@ def _batches(stage: Stage, machine: Machine) -> str:
 
 def memory_lines(needed: Memory, machine: Machine) -> list[str]:
     """The estimate of one device's memory, part by part."""
-    has = f" of the {machine.memory / GIB:.1f}" if machine.memory else ""
+    unit, name = (GIB, "GiB") if needed.total >= GIB else (GIB / 1024, "MiB")
+    has = f" of the {machine.memory / unit:,.1f}" if machine.memory else ""
     width = max(map(len, needed.parts))
-    parts = [f"            {name.ljust(width)}  {size / GIB:8.2f}" for name, size in needed.parts.items()]
-    return [f"  memory    about {needed.total / GIB:.1f} GiB{has} on each device:", *parts]
+    parts = [f"            {part.ljust(width)}  {size / unit:8.2f}" for part, size in needed.parts.items()]
+    return [f"  memory    about {needed.total / unit:,.1f} {name}{has} on each device:", *parts]
 
 
 def _time(one: Estimate) -> str:

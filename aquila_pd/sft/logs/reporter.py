@@ -55,9 +55,7 @@ class Reporter:
         self.folder, self.stages = Path(folder), tuple(stages)
         self.log = self.folder / jsonl.NAME
         self._memory: Callable[[], dict[str, float]] = memory_reader(device)
-        first = (self.stages[0], 0)
-        cut = jsonl.cut_log(self.log, stages=self.stages, stage=(resume or first)[0], step=(resume or first)[1])
-        self._lines = jsonl.JsonLines(self.log)
+        cut = self._open_log(*(resume or (self.stages[0], 0)))
         self._screen = screen(stream or sys.stdout)
         self._board: Board | None = None
         self._at = {"stage": "", "step": 0}  # where the run is, for records that are of no step
@@ -65,9 +63,13 @@ class Reporter:
             self.said(line)
 
     def start(self, info: StageInfo) -> None:
-        """A stage begins, or goes on."""
+        """A stage begins, or goes on from info.step: what the log says of later steps is cut off here, too, as the
+        newest checkpoint may have turned out to be damaged."""
         self._info, self._clock = info, Clock(info.step)
         self._at = {"stage": info.stage, "step": info.step}
+        self._lines.close()
+        for line in self._open_log(info.stage, info.step):
+            self.said(line)
         self._close_board()
         if info.visualdl:
             earlier = (record for record in jsonl.read_log(self.log) if record["stage"] == info.stage)
@@ -87,9 +89,10 @@ class Reporter:
         self._show("evaluated", record)
 
     def saved(self, path: Path) -> None:
-        """A checkpoint, or a result, is complete."""
-        self._write("saved", {**self._at, "path": str(path)})
-        self._show("said", f"{self._at['stage']}  step {self._at['step']}: saved {path}")
+        """A checkpoint, or a result, is complete. Named from the run folder on, which may be moved."""
+        inside = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
+        self._write("saved", {**self._at, "path": str(inside)})
+        self._show("said", f"{self._at['stage']}  step {self._at['step']}: saved {inside}")
 
     def said(self, text: str) -> None:
         """Anything else a person should know."""
@@ -115,6 +118,12 @@ class Reporter:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _open_log(self, stage: str, step: int) -> list[str]:
+        """Open the log behind a step; what was cut off, in words."""
+        cut = jsonl.cut_log(self.log, stages=self.stages, stage=stage, step=step)
+        self._lines = jsonl.JsonLines(self.log)
+        return cut
 
     def _write(self, kind: str, record: dict) -> None:
         self._lines.write(kind, record)
