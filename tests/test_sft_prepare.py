@@ -18,6 +18,7 @@ from aquila_pd.errors import ConfigError, DataError, OutputError
 from aquila_pd.sft.data import building, encoding
 from aquila_pd.sft.data import prepare as prepare_module
 from aquila_pd.sft.data import samples as samples_module
+from aquila_pd.sft.data.best_fit import best_fit
 from aquila_pd.sft.data.packing import plan_epoch
 from aquila_pd.sft.data.prepare import PreparedSummary, prepare
 from aquila_pd.sft.data.samples import Samples
@@ -203,18 +204,14 @@ def test_real_rows_are_in_the_fewest_packs_and_seen_more_often_with_hardly_any_p
     tmp_path, shared, template, length
 ):
     prompts = ChatPrompts(AquilaTokenizer.from_pretrained(str(shared / "tokenizer")), template)
-    for weight in (1, 20):
-        folder = tmp_path / str(weight)
-        summary = made(folder, spec(SHARED / "data" / "*.jsonl", weight=weight), prompts, length=length)
-        assert summary.counters["no_target"] == summary.counters["unwritable"] == 0 and summary.train["rows"] == 773
-        samples = Samples.open(folder / "train")
-        plan = plan_epoch(samples, length=length, seed=1, epoch=0, folder=folder / "plans")
-        tokens = weight * int(samples.lengths.sum())
-        assert plan.token_counts.sum() == tokens
-        if weight == 1:  # 100,000 tokens: what the last pack leaves open is more than 1 % of so few packs
-            assert len(plan) <= -(-tokens // length) + (length == 512)
-        else:
-            assert plan.padding_share < 0.01
+    summary = made(tmp_path / "out", spec(SHARED / "data" / "*.jsonl", weight=20), prompts, length=length)
+    assert summary.counters["no_target"] == summary.counters["unwritable"] == 0 and summary.train["rows"] == 773
+    samples = Samples.open(tmp_path / "out" / "train")
+    plan = plan_epoch(samples, length=length, seed=1, epoch=0, folder=tmp_path / "plans")
+    tokens = int(samples.lengths.sum())
+    assert plan.token_counts.sum() == 20 * tokens and plan.padding_share < 0.01
+    # Once each they are 100,000 tokens: of so few packs, what the last one leaves open may be more than 1 %.
+    assert len(best_fit(samples.lengths, length)[1]) == -(-tokens // length)
 
 
 # ------------------------------------------------------------------------------------------------ the same again
@@ -366,10 +363,33 @@ def test_a_full_disk_is_said(tmp_path, prompts, monkeypatch):
 def test_what_a_killed_run_has_left_is_no_matter(tmp_path, prompts):
     file = write_rows(tmp_path / "a.jsonl", rows(5))
     (tmp_path / "out.partial" / "train").mkdir(parents=True)
+    (tmp_path / "out.partial" / ".lock").write_text("")
     (tmp_path / "out.partial" / "train" / "tokens.bin").write_bytes(b"half")
     (tmp_path / "out.partial" / "dataset.json").write_text("half")
     assert made(tmp_path / "out", spec(file), prompts).train["samples"] == 5
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_no_run_has_left_is_not_removed(tmp_path, prompts):
+    file = write_rows(tmp_path / "a.jsonl", rows(5))
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="was made by no run"):
+        made(tmp_path / "out", spec(file), prompts)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "years of work"
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path, prompts, monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH", 5)
+    file = write_rows(tmp_path / "a.jsonl", rows(20))
+
+    def press(progress: object) -> None:
+        assert list((tmp_path / "out.partial").iterdir()) and not (tmp_path / "out").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "out", spec(file), prompts, progress=press)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_two_runs_do_not_make_one_folder(tmp_path, prompts):

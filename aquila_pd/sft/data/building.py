@@ -24,10 +24,16 @@ def building(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, which takes the name `folder` when the block ends without an error.
 
     What a killed run has left is removed first. After an error nothing stays; the error says so in a note.
-    Raises OutputError when another run is at it, when `folder` is there already, or nothing can be made there.
+    Raises OutputError when another run is at it, when `folder` is there already, or nothing can be made there; also
+    when what is in the way was not left by a run.
     """
     folder = folder.resolve()
     partial = folder.with_name(f"{folder.name}{PARTIAL}")
+    if partial.is_symlink() or (partial.is_dir() and any(partial.iterdir()) and not (partial / LOCK).is_file()):
+        raise OutputError(
+            f"{folder} would be written as {partial} first, and that is there and was made by no run of this program. "
+            "Remove it yourself if you mean it, or choose another folder."
+        )
     with _locked(partial, folder):
         try:
             if folder.exists():  # another run may have finished just now
