@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from aquila_pd.errors import RecipeError
 from aquila_pd.sft.data.settings import DataSpec, Source
@@ -334,6 +336,50 @@ def test_a_key_that_is_there_twice_is_refused_with_both_lines(findings):
 )
 def test_what_is_no_recipe_is_refused_in_words(findings, text, said):
     assert said in " ".join(findings(text))
+
+
+WORDS = [
+    "name",
+    "data",
+    "train",
+    "files",
+    "optim",
+    "lr",
+    "betas",
+    "lora",
+    "targets",
+    "method",
+    "epochs",
+    "warmup_steps",
+]
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(WORDS)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS) | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    top=st.dictionaries(st.sampled_from(["model", "output", "seed", "name", "export"]), VALUES, max_size=5),
+    defaults=VALUES,
+    stages=VALUES | st.lists(st.dictionaries(st.sampled_from(WORDS), VALUES, max_size=6), max_size=3),
+    override=st.sampled_from(
+        ["", "stages.0.optim.lr=1", "stages.*.data={}", "defaults.lora.r=2", "seed=[1", "model.x=1"]
+    ),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_recipe_holds_it_is_a_recipe_or_an_error_in_words(tmp_path, top, defaults, stages, override):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump({**top, "defaults": defaults, "stages": stages}, allow_unicode=True), encoding="utf-8"
+    )
+    try:
+        load_recipe(path, [override] if override else [])
+    except RecipeError as error:
+        assert str(error)
 
 
 def test_a_recipe_that_is_not_there_is_told_what_is(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from .jsonl import read_log
 
 NAME = "curve.png"
-SMOOTHED_OVER = 40  # the smoothed line averages over about this part of all steps
+SMOOTHED_OVER, FEWEST = 20, 4  # the smoothed line averages over a twentieth of all steps, and not less than four
 FEW = 20
 SIZE = (9, 5)  # inches, of 120 dots
 STEPS, SMOOTH, EVAL, BORDER = "#9db7d5", "#1f4e8c", "#c8501e", "#888888"
@@ -46,7 +46,7 @@ def draw_curve(log: Path, picture: Path, *, stages: Sequence[str]) -> bool:
     axes = figure.add_subplot()
     longest = max(len(curve.steps) for curve in curves.values())
     for name, curve in curves.items():
-        _draw(axes, curve, kept=1 - 1 / max(longest / SMOOTHED_OVER, 1), name=name if len(curves) > 1 else "")
+        _draw(axes, curve, kept=1 - 1 / max(longest / SMOOTHED_OVER, FEWEST), name=name if len(curves) > 1 else "")
     axes.set(xlabel="step", ylabel="loss", xlim=(0, 1.01 * max(curve.end for curve in curves.values()) + 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
