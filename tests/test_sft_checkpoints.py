@@ -26,9 +26,15 @@ def tensors(arrays: dict) -> dict:
     return {name: array.view(Array) for name, array in arrays.items()}
 
 
+def write_state(folder: Path) -> None:
+    """What stands for PaddleNLP's own file."""
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+
+
 def save(folder: Path, step: int, *, keep: int = 2, best: int | None = None, weights=WEIGHTS, **facts) -> Checkpoints:
     made = Checkpoints(folder, keep=keep)
-    made.save(step, weights=tensors(weights), optimizer=tensors(MOMENTS), ranks=Ranks(), facts=facts, best=best)
+    tensors_of = dict(weights=tensors(weights), optimizer=tensors(MOMENTS))
+    made.save(step, **tensors_of, ranks=Ranks(), facts=facts, write_more=write_state, best=best)
     return made
 
 
@@ -57,7 +63,14 @@ def test_without_any_there_is_nothing_to_go_on_from(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["checkpoint.json", "weights-00001.safetensors", "optimizer-00001-of-00001-00001.safetensors"]
+    "file",
+    [
+        "checkpoint.json",
+        "weights-00001.safetensors",
+        "optimizer-00001-of-00001-00001.safetensors",
+        "trainer_state.json",
+        "part-00001-of-00001.json",
+    ],
 )
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone", "empty"])
 def test_a_damaged_newest_one_is_said_and_the_one_before_taken(tmp_path, file, how):
@@ -83,8 +96,39 @@ def test_a_damaged_newest_one_is_said_and_the_one_before_taken(tmp_path, file, h
 def test_when_none_is_whole_the_run_does_not_start_anew_in_silence(tmp_path):
     save(tmp_path, 3)
     (tmp_path / "step-00000003" / "weights-00001.safetensors").write_bytes(b"")
-    with pytest.raises(TrainingError, match="None of the checkpoints"):
-        Checkpoints(tmp_path, keep=2).newest(lambda text: None)
+    for _ in range(2):  # also when it is tried once more
+        with pytest.raises(TrainingError, match="None of the checkpoints") as error:
+            Checkpoints(tmp_path, keep=2).newest(lambda text: None)
+        assert "damaged-step-00000003: weights-00001.safetensors has 0 bytes" in str(error.value)
+    shutil.rmtree(tmp_path / "damaged-step-00000003")
+    assert Checkpoints(tmp_path, keep=2).newest(print) is None
+
+
+def test_a_whole_one_is_read_once(tmp_path, monkeypatch):
+    checkpoints = save(tmp_path, 3)
+    hashed: list[str] = []
+    original = module.hash_file
+    monkeypatch.setattr(module, "hash_file", lambda path: (hashed.append(path.name), original(path))[1])
+    assert checkpoints.newest(print).step == 3
+    assert len(hashed) == len(set(hashed)) > 0
+
+
+def test_what_killed_runs_left_goes_with_the_next_one(tmp_path):
+    for name in (".step-00000002.partial", ".step-00000001.going"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights-00001.safetensors").write_bytes(b"x" * 100)
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_a_part_that_is_not_there_makes_no_checkpoint(tmp_path):
+    """On a network's file system the first rank may not see what another has written."""
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="part-00002-of-00002"):
+        Checkpoints(tmp_path, keep=2).save(
+            2, weights=tensors(WEIGHTS), optimizer=tensors(MOMENTS), ranks=Ranks(0, 2, lambda: None)
+        )
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_one_asked_for_by_step_is_looked_at_too(tmp_path):

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -116,7 +116,8 @@ class Checkpoints:
         final = self.folder / STEP.format(step)
         partial = self.folder / f".{final.name}.partial"
         if ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self.folder.glob(".step-*"):  # of runs that were killed while they wrote or removed one
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
         ranks.wait()
         try:
@@ -124,7 +125,7 @@ class Checkpoints:
             ranks.wait()
             if ranks.first:
                 write_more(partial)
-                self._finish(partial, final, {"version": VERSION, "step": step, "facts": dict(facts)})
+                self._finish(partial, final, ranks, {"version": VERSION, "step": step, "facts": dict(facts)})
                 self._remove_old(step, best)
         except BaseException:
             if ranks.first:
@@ -138,10 +139,14 @@ class Checkpoints:
         files |= _write_tensors(partial, f"optimizer-{ranks.label}" + "-{:05d}", optimizer)
         write_json(partial / f"part-{ranks.label}.json", files, fsync=True)
 
-    def _finish(self, partial: Path, final: Path, manifest: dict) -> None:
+    def _finish(self, partial: Path, final: Path, ranks: Ranks, manifest: dict) -> None:
         files: dict = {}
-        for part in sorted(partial.glob("part-*.json")):
-            files |= read_object(part, CheckpointError)
+        for rank in range(ranks.count):  # by name: a network's file system may list a file late
+            files |= read_object(partial / f"part-{replace(ranks, rank=rank).label}.json", CheckpointError)
+        for path in sorted(partial.iterdir()):
+            if path.name not in files:  # parts, and what write_more left there
+                sync(path)
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         write_json(partial / MANIFEST, manifest | {"files": files}, fsync=True)
         sync(partial)
         if final.exists():  # of a run that was resumed from an earlier one
@@ -165,19 +170,19 @@ class Checkpoints:
         wrong = damage(folder)
         if wrong:
             raise CheckpointError(report(f"The checkpoint {folder} cannot be used:", wrong, "Resume from another one."))
-        return Checkpoint(folder, step, read_object(folder / MANIFEST, CheckpointError)["facts"])
+        return _opened(folder, step)
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole; damaged ones are said and put aside under another name.
 
-        Raises TrainingError when there are checkpoints and none of them is whole: starting anew would be a silent loss.
+        Raises TrainingError when there are checkpoints and none of them is whole, nor any that was not put aside
+        before: starting anew would be a silent loss.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        for step in reversed(self.steps()):
             folder = self.folder / STEP.format(step)
             wrong = damage(folder)
             if not wrong:
-                return self.at(step)
+                return _opened(folder, step)
             aside = self.folder / f"damaged-{folder.name}"
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(folder, aside)
@@ -186,12 +191,19 @@ class Checkpoints:
                     f"The checkpoint of step {step} is damaged:", wrong, f"It is now {aside}; the one before is next."
                 )
             )
-        if steps:
-            raise TrainingError(
-                f"None of the checkpoints in {self.folder} is whole.\n"
-                "They are kept as damaged-step-...; remove them to start the stage anew."
-            )
+        kept = sorted(self.folder.glob("damaged-step-*"))
+        if kept:
+            findings = [
+                f"{path.name}: {'; '.join(damage(path)) or 'whole; give it its name without damaged-'}" for path in kept
+            ]
+            advice = "Mend one and name it step-... again, or remove them to start the stage anew."
+            raise TrainingError(report(f"None of the checkpoints in {self.folder} is whole:", findings, advice))
         return None
+
+
+def _opened(folder: Path, step: int) -> Checkpoint:
+    """A checkpoint that was found whole."""
+    return Checkpoint(folder, step, read_object(folder / MANIFEST, CheckpointError)["facts"])
 
 
 def damage(folder: Path) -> list[str]:
