@@ -147,9 +147,8 @@ def _batches(stage: Stage, machine: Machine) -> str:
         count = stage.accumulation(machine.devices)
     except AquilaError:
         return "they do not divide among the devices"
-    ranks = machine.devices // stage.tensor_parallel
     each = f"{count:,} times {counted(stage.micro_batch, 'pack')}"
-    return each + (f" on each of {ranks:,} ranks" if ranks > 1 else "")
+    return each + (f" on each of {machine.devices:,} devices" if machine.devices > 1 else "")
 
 
 def memory_lines(needed: Memory, machine: Machine) -> list[str]:
@@ -173,9 +172,9 @@ def _compare(stage: Stage, needed: Memory, machine: Machine, found: DryRun) -> N
         return
     ways = [] if stage.recompute else ["recompute: true"]
     ways += [f"micro_batch: {stage.micro_batch // 2}"] if stage.micro_batch > 1 else []
-    ways += ["sharding: stage3"] if machine.devices > 1 and stage.sharding != "stage3" else []
+    ways += ["sharding: stage1"] if machine.devices > 1 and stage.sharding == "none" else []
     ways += {"full": ["method: lora or qlora"], "lora": ["method: qlora"], "qlora": []}[stage.method]
-    ways += ["more devices"] if stage.sharding != "none" or stage.tensor_parallel > 1 else []
+    ways += ["more devices"] if stage.sharding != "none" else []
     least = f"; less is needed with {', or '.join(ways)}" if ways else ""
     sizes = f"about {needed.total / GIB:.1f} GiB on a device that has {machine.memory / GIB:.1f}"
     (found.findings if needed.total > machine.memory else found.notes).append(f"{stage.name}: {sizes}{least}")

@@ -32,28 +32,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Over how many devices what is cut. ranks: data-parallel ones; tensor: those one model lies on."""
-
-    ranks: int
-    tensor: int
-    sharding: str
-
-    def of(self, what: str) -> int:
-        """Parts that "weights", "gradients" or "optimizer" are cut into."""
-        stages = {
-            "optimizer": ("stage1", "stage2", "stage3"),
-            "gradients": ("stage2", "stage3"),
-            "weights": ("stage3",),
-        }
-        return self.tensor * (self.ranks if self.sharding in stages[what] else 1)
-
-
-def cut(stage: Stage, devices: int) -> Cut:
-    return Cut(max(devices // stage.tensor_parallel, 1), stage.tensor_parallel, stage.sharding)
-
-
-@dataclass(frozen=True)
 class Rows:
     """What is trained on, as far as sizes depend on it.
 
@@ -71,62 +49,58 @@ def memory(stage: Stage, dims: Dims, rows: Rows, *, heads: int, devices: int, ha
     heads: of attention. half: computes in bfloat16. gpu: with fused kernels; without, plain operations keep more of
     what they computed.
     """
-    over, size = cut(stage, devices), 2 if half else 4
     tokens = stage.micro_batch * stage.length
     parts = {
-        **_weights(stage, dims, over, half),
+        **_weights(stage, dims, devices, half),
         "activations": activations(
-            dims, tokens, over.tensor, half=half, again=stage.recompute, scores=0 if gpu else heads * rows.keys
+            dims, tokens, half=half, again=stage.recompute, scores=0 if gpu else heads * rows.keys
         ),
-        "logits": logits(dims, tokens * rows.labels / over.tensor, half=half, some=stage.recompute),
+        "logits": logits(dims, tokens * rows.labels, half=half, some=stage.recompute),
     }
     if stage.method != "full":
         parts["activations"] += _of_adapters(stage, dims, tokens, half)
     if stage.method == "qlora":
         parts["unpacking NF4"] = UNPACKED
-    if over.of("weights") > over.tensor:  # the layer at work, and the head or the embedding, are whole for a while
-        layer = sum(out * in_ for out, in_ in projections(dims)) * (NF4_BYTES if stage.method == "qlora" else size)
-        parts["gathered weights"] = (layer + dims.vocab * dims.d * size) / over.tensor
     if gpu:
         parts["context (assumed)"] = CONTEXT
     return Memory({name: size for name, size in parts.items() if size})
 
 
-def _weights(stage: Stage, dims: Dims, over: Cut, half: bool) -> dict[str, float]:
+def _weights(stage: Stage, dims: Dims, devices: int, half: bool) -> dict[str, float]:
     size = 2 if half else 4
     everything = parameters(dims)
     packed = dims.layers * sum(out * in_ for out, in_ in projections(dims)) if stage.method == "qlora" else 0
     trained = everything if stage.method == "full" else adapter_parameters(dims, stage.lora)
     own = 0 if stage.method == "full" else trained
     return {
-        "weights": (everything - packed + own) * size / over.of("weights"),
-        "weights in NF4": packed * NF4_BYTES / over.of("weights"),
-        "gradients": trained * GRADIENT / over.of("gradients"),
-        "optimizer": trained * (MOMENTS + (MASTER if half else 0)) / over.of("optimizer"),
+        "weights": (everything - packed + own) * size,
+        "weights in NF4": packed * NF4_BYTES,
+        "gradients": trained * GRADIENT,
+        "optimizer": trained * (MOMENTS + (MASTER if half else 0)) / (devices if stage.sharding == "stage1" else 1),
     }
 
 
-def activations(dims: Dims, tokens: int, tensor: int = 1, *, half: bool, again: bool, scores: float = 0) -> float:
+def activations(dims: Dims, tokens: int, *, half: bool, again: bool, scores: float = 0) -> float:
     """Bytes of what the forward pass keeps for the backward pass.
 
     again: with recompute, the input of each layer, and all of one layer. scores: of attention, heads * places that a
     token attends to, where no fused kernel spares them and plain operations are used; 0 elsewhere.
     """
     size = 2 if half else 4
-    layer = tokens * layer_values(dims, tensor, fused=not scores) * size
+    layer = tokens * layer_values(dims, fused=not scores) * size
     if scores:  # scores, their softmax and a copy in float32; blocks of queries see whole blocks of keys
-        layer += tokens * 3 * 4 * scores * PLAIN_SEES_MORE / tensor
+        layer += tokens * 3 * 4 * scores * PLAIN_SEES_MORE
     inputs = dims.layers * tokens * dims.d * size
     return inputs + layer if again else dims.layers * layer
 
 
-def layer_values(dims: Dims, tensor: int = 1, *, fused: bool) -> float:
+def layer_values(dims: Dims, *, fused: bool) -> float:
     """Values that one layer keeps for one token: inputs of norms and of products, of rotation and of the MLP's gate."""
     norms = 2 * 2 * dims.d
     attention = 2 * dims.q + 3 * dims.kv
     mlp = 3 * dims.ff
     plain = 0 if fused else 4 * dims.d + 2 * (dims.q + dims.kv) + dims.ff
-    return norms + (attention + mlp + plain) / tensor
+    return norms + attention + mlp + plain
 
 
 def _of_adapters(stage: Stage, dims: Dims, tokens: int, half: bool) -> float:

@@ -75,9 +75,6 @@ ELSEWHERE = {
     "datasets": "data",
     "dataset": "data",
     "val_size": "held_out",
-    "mp": "tensor_parallel",
-    "tp": "tensor_parallel",
-    "tensor_parallel_degree": "tensor_parallel",
 }
 ADVICE = "Nothing was started. The recipes in recipes/ show every key in use."
 

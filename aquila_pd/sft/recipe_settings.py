@@ -64,8 +64,7 @@ class Stage:
     activations of the layers are computed again in the backward pass. dtype: of weights and activations, "auto" is
     bfloat16 where the device has it. eval_every, save_every: in steps, 0 = at the end alone. keep: newest checkpoints
     that stay; keep_best: and the one with the lowest evaluation loss, from which the next stage starts. log_every: in
-    steps. sharding: of optimizer (stage1), gradients (stage2), weights (stage3). tensor_parallel: cards one model is
-    cut over.
+    steps. sharding: stage1 cuts the optimizer over the devices, which otherwise hold the same.
     """
 
     name: str
@@ -88,8 +87,7 @@ class Stage:
     keep_best: bool = False
     log_every: int = limits(1, least=1)
     visualdl: bool = False
-    sharding: Literal["none", "stage1", "stage2", "stage3"] = "none"
-    tensor_parallel: int = limits(1, least=1)
+    sharding: Literal["none", "stage1"] = "none"
 
     @property
     def evaluates(self) -> bool:
@@ -98,18 +96,12 @@ class Stage:
 
     def accumulation(self, devices: int) -> int:
         """Micro-batches a device sums up to one step. Raises RecipeError when the batch does not divide among them."""
-        ranks, left = divmod(devices, self.tensor_parallel)
-        if left or not ranks:
-            raise RecipeError(
-                f"Stage {self.name}: tensor_parallel is {self.tensor_parallel}, and {devices} devices are no multiple "
-                f"of it. Start that many, or change tensor_parallel."
-            )
-        steps, left = divmod(self.global_batch, ranks * self.micro_batch)
+        steps, left = divmod(self.global_batch, devices * self.micro_batch)
         if left or not steps:
             raise RecipeError(
                 f"Stage {self.name}: global_batch {self.global_batch} does not divide into micro_batch "
-                f"{self.micro_batch} on each of {ranks} data-parallel ranks. "
-                f"Nearest that do: {_multiples(self.global_batch, ranks * self.micro_batch)}."
+                f"{self.micro_batch} on each of {devices} devices. "
+                f"Nearest that do: {_multiples(self.global_batch, devices * self.micro_batch)}."
             )
         return steps
 

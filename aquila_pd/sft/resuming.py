@@ -8,7 +8,7 @@ from ..errors import shown_value
 # Keys of a recipe, and of a stage, that change nothing about what is learned.
 FREE = {"name", "output", "export", "log_every", "visualdl", "save_every", "eval_every", "keep"}
 # Keys of a stage that change how it is computed, and with it the last digits of a loss, and draws of dropout.
-COMPUTED = {"micro_batch", "recompute", "sharding", "tensor_parallel"}
+COMPUTED = {"micro_batch", "recompute", "sharding"}
 # Keys of a stage that its prepared rows are made by.
 PREPARED = {"data", "template", "length"}
 WAITING = "waiting"  # the state of a stage that has not begun
