@@ -97,11 +97,10 @@ def test_when_none_is_whole_the_run_does_not_start_anew_in_silence(tmp_path):
     save(tmp_path, 3)
     (tmp_path / "step-00000003" / "weights-00001.safetensors").write_bytes(b"")
     for _ in range(2):  # also when it is tried once more
-        with pytest.raises(TrainingError, match="None of the checkpoints") as error:
-            Checkpoints(tmp_path, keep=2).newest(lambda text: None)
-        assert "damaged-step-00000003: weights-00001.safetensors has 0 bytes" in str(error.value)
-    shutil.rmtree(tmp_path / "damaged-step-00000003")
-    assert Checkpoints(tmp_path, keep=2).newest(print) is None
+        with pytest.raises(TrainingError, match="All checkpoints") as error:
+            Checkpoints(tmp_path, keep=2).newest(lambda text: pytest.fail(text))
+        assert "step-00000003: weights-00001.safetensors has 0 bytes" in str(error.value)
+        assert names(tmp_path) == ["step-00000003"]
 
 
 def test_a_whole_one_is_read_once(tmp_path, monkeypatch):

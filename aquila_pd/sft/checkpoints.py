@@ -173,32 +173,37 @@ class Checkpoints:
         return _opened(folder, step)
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole; damaged ones are said and put aside under another name.
+        """The newest checkpoint that is whole; damaged newer ones are said and put aside under another name.
 
-        Raises TrainingError when there are checkpoints and none of them is whole, nor any that was not put aside
-        before: starting anew would be a silent loss.
+        Raises TrainingError when there are checkpoints and none of them is whole, and leaves them where they are:
+        starting anew would be a silent loss, now or when it is tried once more.
         """
+        damaged: dict[Path, list[str]] = {}
         for step in reversed(self.steps()):
             folder = self.folder / STEP.format(step)
             wrong = damage(folder)
             if not wrong:
+                for other, findings in damaged.items():
+                    say(_put_aside(other, findings))
                 return _opened(folder, step)
-            aside = self.folder / f"damaged-{folder.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
-            say(
-                report(
-                    f"The checkpoint of step {step} is damaged:", wrong, f"It is now {aside}; the one before is next."
-                )
-            )
-        kept = sorted(self.folder.glob("damaged-step-*"))
-        if kept:
-            findings = [
-                f"{path.name}: {'; '.join(damage(path)) or 'whole; give it its name without damaged-'}" for path in kept
-            ]
-            advice = "Mend one and name it step-... again, or remove them to start the stage anew."
-            raise TrainingError(report(f"None of the checkpoints in {self.folder} is whole:", findings, advice))
+            damaged[folder] = wrong
+        if damaged:
+            findings = [f"{folder.name}: {line}" for folder, wrong in damaged.items() for line in wrong]
+            advice = "Put one back from a copy, or remove them to start the stage anew."
+            raise TrainingError(report(f"All checkpoints in {self.folder} are damaged:", findings, advice))
         return None
+
+
+def _put_aside(folder: Path, wrong: list[str]) -> str:
+    """Give a damaged checkpoint another name; what happened, in words."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    return report(
+        f"The checkpoint of step {int(folder.name.removeprefix('step-'))} is damaged:",
+        wrong,
+        f"It is now {aside}; the one before is next.",
+    )
 
 
 def _opened(folder: Path, step: int) -> Checkpoint:
