@@ -14,7 +14,7 @@ from pathlib import Path
 import paddle
 import paddle.distributed as dist
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError, report
 from ..modeling import AquilaForCausalLM
 from ..quantization.loading import load_quantized
 from . import adapter_files
@@ -58,9 +58,11 @@ def train(recipe: Recipe, run: RunFolder, manifest: Manifest) -> None:
     if ranks() > 1:
         dist.init_parallel_env()
     carried = Carried(Path(recipe.model))
-    done = [stage for stage in recipe.stages if run.result(stage.name).is_dir()]
+    done = _done(recipe, run)
     for stage in done:
-        carried = _after(stage, carried, run)
+        carried = _after(stage, _ready(carried, stage, run), run)
+        if rank() == 0 and manifest.stage(stage.name)["state"] != DONE:  # killed between its result and this line
+            manifest.update(stage.name, state=DONE, **_where(run, stage))
     waiting = recipe.stages[len(done) :]
     if waiting:
         notes: list[str] = []
@@ -77,6 +79,28 @@ def train(recipe: Recipe, run: RunFolder, manifest: Manifest) -> None:
             reporter.finish()
     if recipe.export == "merged" and rank() == 0 and not run.model.exists():
         _export(carried, run)
+
+
+def _done(recipe: Recipe, run: RunFolder) -> tuple[Stage, ...]:
+    """The stages whose result is there. Raises TrainingError where a later one has begun before an earlier is done."""
+    missing = [stage for stage in recipe.stages if not run.result(stage.name).is_dir()]
+    done = recipe.stages[: recipe.stages.index(missing[0])] if missing else recipe.stages
+    later = [
+        str(folder)
+        for stage in recipe.stages[len(done) + 1 :]
+        for folder in (run.result(stage.name), run.checkpoints(stage.name))
+        if folder.is_dir()
+    ]
+    if later:
+        gone = run.result(missing[0].name)
+        advice = f"Put {gone} back; or, to train from that stage on anew, move these away."
+        raise TrainingError(report(f"{gone} is not there, and what was trained after it is:", later, advice))
+    return done
+
+
+def _where(run: RunFolder, stage: Stage) -> dict:
+    """What the manifest says of a stage's result."""
+    return {"result": str(run.result(stage.name).relative_to(run.root))}
 
 
 def _reporter(recipe: Recipe, run: RunFolder, first: Stage, checkpoint: Checkpoint | None) -> Reporter | Silent:
@@ -157,11 +181,12 @@ class _Training:
     def _end(self, model: AquilaForCausalLM, carried: Carried, steps: Steps, best: Best) -> None:
         result = self.folder.result(self.stage.name)
         if rank() == 0:
+            # known before the result is there: whoever goes on after a kill between the two knows the rest
+            facts = {"evaluation_loss": best.loss, "best_step": best.step} if best.step else {}
+            self.manifest.update(self.stage.name, steps=steps.steps, **facts)
             appear(result, partial(_write_result, model, self.stage, carried))
             self.reporter.saved(result)
-            facts = {"evaluation_loss": best.loss, "best_step": best.step} if best.step else {}
-            where = str(result.relative_to(self.folder.root))
-            self.manifest.update(self.stage.name, state=DONE, steps=steps.steps, result=where, **facts)
+            self.manifest.update(self.stage.name, state=DONE, **_where(self.folder, self.stage))
         _wait_for(result)
 
 
@@ -230,7 +255,7 @@ def _ready(carried: Carried, stage: Stage, run: RunFolder) -> Carried:
         return carried
     merged = run.merged(carried.by.name)
     if rank() == 0 and not merged.exists():
-        merge_folder(carried.base, carried.adapter, merged, template=carried.by.template)
+        merge_folder(carried.base, carried.adapter, merged, template=carried.by.template, fsync=True)
     _wait_for(merged)
     return Carried(merged)
 
@@ -245,7 +270,7 @@ def _export(carried: Carried, run: RunFolder) -> None:
     if carried.adapter is None:
         appear(run.model, partial(link_model, carried.base))
     else:
-        merge_folder(carried.base, carried.adapter, run.model, template=carried.by.template)
+        merge_folder(carried.base, carried.adapter, run.model, template=carried.by.template, fsync=True)
 
 
 def _wait_for(path: Path) -> None:
