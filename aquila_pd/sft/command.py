@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all stages are done, 1 for what a person can mend, 2 for wrong arguments, 130 or 143 when stopped."""
+    """0 when all stages are done, 1 for what a person can mend, 2 for wrong arguments, 128 + n for signal n."""
     args = parser().parse_intermixed_args(argv)
     if launch.ranks() > 1:
         return run_command(lambda: _train(args, _recipe_of_run(args)))
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
         return _dry_run(args, recipe)
     gpus, processes = _devices(args)
     run = RunFolder(Path(recipe.output))
-    with _alone(run.root):
+    with _alone(run.root) as lock:
         manifest = _open_manifest(recipe, run, devices=processes)
         _prepare_all(recipe, run, manifest, workers=args.workers)
         if args.prepare:
@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
             return 0
         if processes == 1:
             return _train(args, recipe)
-        return _start_ranks(args, run, processes, on_gpus=gpus > 0)
+        return _start_ranks(args, run, processes, on_gpus=gpus > 0, lock=lock)
 
 
 def read_recipe(source: Path, changes: list[str]) -> Recipe:
@@ -106,8 +106,11 @@ def _devices(args: argparse.Namespace) -> tuple[int, int]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the run folder's lock. Raises OutputError when another process does, or the folder cannot be made."""
+def _alone(folder: Path) -> Iterator[int]:
+    """Hold the run folder's lock, which is on this descriptor.
+
+    Raises OutputError when another process does, or the folder cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = (folder / LOCK).open("a+")
@@ -124,7 +127,7 @@ def _alone(folder: Path) -> Iterator[None]:
         held.truncate(0)
         held.write(str(os.getpid()))
         held.flush()
-        yield
+        yield held.fileno()
 
 
 def _open_manifest(recipe: Recipe, run: RunFolder, *, devices: int) -> Manifest:
@@ -174,11 +177,11 @@ def _dry_run(args: argparse.Namespace, recipe: Recipe) -> int:
 # ------------------------------------------------------------------------------------------------- training
 
 
-def _start_ranks(args: argparse.Namespace, run: RunFolder, processes: int, *, on_gpus: bool) -> int:
+def _start_ranks(args: argparse.Namespace, run: RunFolder, processes: int, *, on_gpus: bool, lock: int) -> int:
     command = [sys.executable, "-m", "aquila_pd.cli", "sft", str(run.root)]
     command += [] if args.threads is None else ["--threads", str(args.threads)]
     os.environ[PREPARED_BY] = str(os.getpid())
-    return launch.run_together(command, processes, on_gpus=on_gpus, logs=run.logs)
+    return launch.run_together(command, processes, on_gpus=on_gpus, logs=run.logs, held=[lock])
 
 
 def _recipe_of_run(args: argparse.Namespace) -> Recipe:

@@ -3,6 +3,7 @@
 Over several machines Paddle's own launcher does it; a process it started is recognized by its environment.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from pathlib import Path
 from ..errors import TrainingError
 
 PATIENCE = 20.0  # seconds the others get to notice that one has failed
+ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by which a run is asked to stop
+PR_SET_PDEATHSIG = 1  # of Linux' prctl()
 
 
 def rank() -> int:
@@ -28,32 +31,58 @@ def ranks() -> int:
     return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
 
 
-def run_together(command: Sequence[str], processes: int, *, on_gpus: bool, logs: Path) -> int:
+def asks() -> list[signal.Signals]:
+    """The signals by which this process can be asked to stop: not those it was told to ignore, as by nohup."""
+    return [number for number in ASKS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def run_together(command: Sequence[str], processes: int, *, on_gpus: bool, logs: Path, held: Sequence[int] = ()) -> int:
     """Run a command as so many ranks and return an exit status: that of the first which failed, else 0.
 
-    Rank 0 has this terminal; the others write to logs/rank-N.log. SIGINT and SIGTERM go on to all of them, and then it
-    is theirs to end: they may have a checkpoint to write.
+    Rank 0 has this terminal; the others write to logs/rank-N.log. What asks() goes on to all of them, and then it
+    is theirs to end: they may have a checkpoint to write. Where this process is killed, they get SIGTERM (on Linux).
+    held: descriptors of files that ranks keep open too; a lock on one lasts until the last of them has ended.
     """
     logs.mkdir(parents=True, exist_ok=True)
     endpoints = [f"127.0.0.1:{port}" for port in _free_ports(processes + 1)]
     with ExitStack() as stack:
         started: list[subprocess.Popen] = []
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            signal.signal(number, lambda number, frame: [process.send_signal(number) for process in started])
-            stack.callback(signal.signal, number, before[number])
+        told: list[int] = []
+
+        def tell(number: int, frame: object) -> None:
+            told.append(number)
+            for process in started:
+                process.send_signal(number)
+
+        for number in asks():
+            stack.callback(signal.signal, number, signal.signal(number, tell))
         for number in range(processes):
             output = None if number == 0 else stack.enter_context((logs / f"rank-{number}.log").open("wb"))
             environment = _environment(number, endpoints, on_gpus=on_gpus)
             # a session of its own: Ctrl-C reaches each rank once, through this process
             process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True
+                command,
+                env=environment,
+                stdout=output,
+                stderr=output and subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+                pass_fds=held,
             )
             started.append(process)
-        return _wait(started, logs)
+        return _wait(started, logs, told)
 
 
-def _wait(started: list[subprocess.Popen], logs: Path) -> int:
+_C = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a process just forked must not
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent is gone: alone, ranks would go on behind everybody's back."""
+    if _C is not None:
+        _C.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def _wait(started: list[subprocess.Popen], logs: Path, told: Sequence[int]) -> int:
     running = dict(enumerate(started))
     while running:
         for number, process in list(running.items()):
@@ -62,14 +91,16 @@ def _wait(started: list[subprocess.Popen], logs: Path) -> int:
                 continue
             del running[number]
             if status and running:
-                _end(running, number, logs)
+                _end(running)
+            if status and number and not told:
+                print(f"Rank {number} failed; what it said is in {logs / f'rank-{number}.log'}.", file=sys.stderr)
             if status:
                 return status if status > 0 else 128 - status
         time.sleep(0.1)
     return 0
 
 
-def _end(running: dict[int, subprocess.Popen], failed: int, logs: Path) -> None:
+def _end(running: dict[int, subprocess.Popen]) -> None:
     """The others wait for one that will not come: they get a while to fail by themselves, then they are ended."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end and any(process.poll() is None for process in running.values()):
@@ -77,8 +108,6 @@ def _end(running: dict[int, subprocess.Popen], failed: int, logs: Path) -> None:
     for process in running.values():
         process.kill()
         process.wait()
-    if failed:
-        print(f"Rank {failed} failed; what it said is in {logs / f'rank-{failed}.log'}.", file=sys.stderr)
 
 
 def _environment(number: int, endpoints: list[str], *, on_gpus: bool) -> dict[str, str]:
