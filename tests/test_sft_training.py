@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import time
 
 import numpy as np
 import paddle
@@ -222,6 +223,59 @@ def test_told_to_stop_it_ends_the_step_and_saves(tmp_path):
         trainer.run(None)
     assert trainer.checkpoints.steps()[-1] == 5
     assert run(tmp_path / "run", of, resume=True).losses == whole[5:]
+
+
+@pytest.mark.parametrize("when", ["step", "saved"])
+def test_told_to_stop_at_the_last_step_no_other_stage_begins(tmp_path, when):
+    of = stage(max_steps=4)
+    trainer, reporter = trainer_of(tmp_path / "run", of)
+    does = getattr(reporter, when)
+
+    def tell(what) -> None:
+        does(what)
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    setattr(reporter, when, tell)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        trainer.run(None)
+    assert len(reporter.steps) == 4 and trainer.checkpoints.steps()[-1] == 4
+    assert run(tmp_path / "run", of, resume=True).losses == []  # nothing is left but the result
+
+
+def test_a_closed_terminal_asks_to_stop_unless_that_is_ignored(tmp_path):
+    def hang_up(folder) -> Recorder:
+        trainer, reporter = trainer_of(folder, stage(max_steps=4))
+        step = reporter.step
+        tell = lambda record: os.kill(os.getpid(), signal.SIGHUP) if record.step == 2 else None  # noqa: E731
+        reporter.step = lambda record: (step(record), tell(record))
+        trainer.run(None)
+        return reporter
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert len(hang_up(tmp_path / "nohup").steps) == 4
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+        with pytest.raises(Stopped, match="SIGHUP"):
+            hang_up(tmp_path / "plain")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_one_process_has_all_parts_of_a_sharded_optimizer(tmp_path):
+    """A run of several cards goes on with one."""
+    cut, whole = (run(tmp_path / how, stage(max_steps=2, sharding=how)).losses for how in ("stage1", "none"))
+    assert cut == whole
+
+
+def test_the_first_step_takes_no_longer_for_what_is_loaded_before(tmp_path, monkeypatch):
+    trainer, reporter = trainer_of(tmp_path / "run", stage(max_steps=2))
+    late = [0.0]
+    clock = time.perf_counter
+    monkeypatch.setattr("aquila_pd.sft.trainer.time.perf_counter", lambda: clock() + late[0])
+    monkeypatch.setattr(trainer, "_load_optimizer_and_scheduler", lambda checkpoint: late.__setitem__(0, 1000.0))
+    trainer.run(None)
+    assert all(record.seconds < 500 for record in reporter.steps)
 
 
 # ------------------------------------------------------------------------------------------- not a number

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, TrainingError, report
 from .batches import FIELDS, Packs, Share, Steps
 from .checkpoints import Checkpoint, Checkpoints, Ranks, array_of
 from .data.order import derive_key
+from .launch import asks
 from .logs.records import EvalRecord, StepRecord
 from .logs.reporter import Reporter
 from .loss import SummedLoss
@@ -78,7 +79,7 @@ class StageTrainer(Trainer):
         super().__init__(model=model, args=arguments, callbacks=[_BeforeUpdate(self)])
         self.share = Share(max(arguments.dataset_rank, 0), arguments.dataset_world_size, stage.micro_batch)
         self.ranks = Ranks(max(dist.get_rank(), 0), dist.get_world_size(), _wait)
-        self._clock = time.perf_counter()
+        self._clock = math.nan  # when the step under way began
 
     # --------------------------------------------------------------------------------------------- the run
 
@@ -93,20 +94,26 @@ class StageTrainer(Trainer):
         if checkpoint is None or checkpoint.step < self.steps.steps:
             with self._stop_when_told():
                 self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+                self._stop_at_end()
         else:
             self._load_from_checkpoint(checkpoint)
         return self.best
 
+    def _stop_at_end(self) -> None:
+        """Raise Stopped for what was asked since the last step began: another stage may be next."""
+        if _sum_over_ranks([float(self._asked > 0)])[0]:
+            raise Stopped(self._asked or signal.SIGTERM)
+
     @contextmanager
     def _stop_when_told(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM let the step end; a second one is not waited for."""
+        """What asks for an end (Ctrl-C, SIGTERM, a closed terminal) lets the step end; a second time nobody waits."""
 
         def told(number: int, frame: object) -> None:
             if self._asked:
                 signal.default_int_handler(number, frame)
             self._asked = number
 
-        before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, told) for number in asks()}
         try:
             yield
         finally:
@@ -156,6 +163,10 @@ class StageTrainer(Trainer):
         self._loss, self._stopping = sums[0], sums[1] > 0
         if not math.isfinite(self._loss):
             raise self._not_a_number("loss", self._loss)
+
+    def begin(self) -> None:
+        """Everything is loaded: the first step's time begins."""
+        self._clock = time.perf_counter()
 
     def before_update(self) -> None:
         """Measure the gradient, and clip it."""
@@ -293,7 +304,11 @@ class StageTrainer(Trainer):
 
 class _BeforeUpdate(TrainerCallback):
     def __init__(self, trainer: StageTrainer):
+        self._begin: Callable[[], None] = trainer.begin
         self._before_update: Callable[[], None] = trainer.before_update
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begin()
 
     def on_optimizer_begin(self, args, state, control, **kwargs):
         self._before_update()
