@@ -262,6 +262,15 @@ def test_other_inputs_are_an_error_that_says_what_differs(tmp_path, prompts, tok
     assert refused(spec(file), ChatPrompts(more, "aquila-v1")) == "tokenizer: another one than it was prepared with"
 
 
+def test_other_bytes_of_the_same_number_are_other_inputs(tmp_path, prompts):
+    file = write_rows(tmp_path / "a.jsonl", [row("q", "a"), row("r", "b")])
+    made(tmp_path / "out", spec(file), prompts)
+    write_rows(file, [row("q", "a"), row("r", "c")])
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(DataError, match="holds something else"):
+        made(tmp_path / "out", spec(file), prompts)
+
+
 def test_two_files_in_another_order_are_other_inputs(tmp_path, prompts):
     files = [write_rows(tmp_path / f"{i}.jsonl", rows(3, start=i)) for i in (0, 10)]
     made(tmp_path / "out", spec(*files), prompts)
