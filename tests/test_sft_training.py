@@ -299,9 +299,27 @@ def test_a_loss_that_is_no_number_names_the_rows_and_leaves_the_weights(tmp_path
     message = str(error.value)
     assert "Stage one, step 5: the loss is nan" in message and "rows.jsonl:" in message
     assert "The checkpoint of step 3 is whole" in message
-    for row in trainer.steps.rows(4)[:5]:
+    for row in trainer.steps.packs.rows(32)[:5]:
         assert row in message
     assert trainer.checkpoints.steps() == [3]
+
+
+def test_of_a_loss_that_is_no_number_the_rows_of_its_micro_batch_alone_are_named(tmp_path, monkeypatch):
+    trainer, _ = trainer_of(tmp_path / "run", stage(max_steps=2, micro_batch=2))
+    packs_of_step = trainer.steps.packs
+    bad = packs_of_step.arrays(5)["input_ids"]
+    forward = SummedLoss.forward
+
+    def spoilt(self, input_ids, **more):
+        loss = forward(self, input_ids, **more)
+        return loss * math.nan if (input_ids.numpy() == bad).all(axis=1).any() else loss
+
+    monkeypatch.setattr(SummedLoss, "forward", spoilt)
+    monkeypatch.setattr("aquila_pd.sft.trainer.NAMED_ROWS", 1000)
+    with pytest.raises(TrainingError) as error:
+        trainer.run(None)
+    named = {line.strip() for line in str(error.value).splitlines() if "rows.jsonl:" in line}
+    assert named == {*packs_of_step.rows(4), *packs_of_step.rows(5)}  # micro-batches of two
 
 
 def test_a_gradient_that_is_no_number_stops_before_the_update(tmp_path, monkeypatch):

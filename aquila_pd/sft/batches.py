@@ -115,13 +115,10 @@ class Steps:
             raise DataError(f"Step {step} has nothing to learn: the packs {list(self.numbers(step))} hold no label.")
         return StepCounts(labels, tokens, self.global_batch * self.packs.length)
 
-    def rows(self, step: int) -> list[str]:
-        return [row for number in self.numbers(step) for row in self.packs.rows(number)]
-
     def micro_batches(self, share: Share, first: int = 0) -> Iterator[dict]:
         """This rank's micro-batches from step `first` on: FIELDS int64 [micro_batch, length], and
 
-        step, micro: where it stands; labels_in_step: labels of the whole step over all ranks.
+        step, micro: where it stands; numbers: of its packs; labels_in_step: labels of the whole step over all ranks.
         """
         per_micro = share.ranks * share.micro_batch
         for step in range(first, self.steps):
@@ -132,4 +129,4 @@ class Steps:
                 arrays = [self.packs.arrays(number) for number in mine]
                 arrays += [self.packs.empty() for _ in range(share.micro_batch - len(arrays))]
                 batch = {name: np.stack([pack[name] for pack in arrays]) for name in FIELDS}
-                yield batch | {"step": step, "micro": micro, "labels_in_step": labels}
+                yield batch | {"step": step, "micro": micro, "numbers": mine, "labels_in_step": labels}

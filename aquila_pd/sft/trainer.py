@@ -12,7 +12,7 @@ What is replaced, and why:
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,7 @@ class StageTrainer(Trainer):
         self.best = Best()
         self._resumed_from: Checkpoint | None = None
         self._loss = self._norm = math.nan
+        self._parts: list[tuple[range, paddle.Tensor]] = []  # packs and loss of this step's micro-batches here
         self._asked = 0  # the signal by which this rank was asked to stop
         self._stopping = False  # what all ranks agreed on at the last step
         self._seen = -1  # the last step that was logged
@@ -137,6 +138,7 @@ class StageTrainer(Trainer):
         # ranks' gradients are averaged, hence the number of ranks
         loss = total * (self.share.ranks / inputs["labels_in_step"])
         loss.backward()
+        self._parts.append((inputs["numbers"], loss.detach()))
         return loss.detach()
 
     # ------------------------------------------------------------------------------------ half precision
@@ -162,7 +164,8 @@ class StageTrainer(Trainer):
         sums = _sum_over_ranks([float(loss) / self.share.ranks, float(self._asked > 0)])
         self._loss, self._stopping = sums[0], sums[1] > 0
         if not math.isfinite(self._loss):
-            raise self._not_a_number("loss", self._loss)
+            raise self._not_a_number("loss", self._loss, self._suspects())
+        self._parts.clear()
 
     def begin(self) -> None:
         """Everything is loaded: the first step's time begins."""
@@ -177,22 +180,29 @@ class StageTrainer(Trainer):
             squares = _sum_over_ranks([squares])[0]
         self._norm = math.sqrt(squares) if squares >= 0 else math.nan
         if not math.isfinite(self._norm):
-            raise self._not_a_number("gradient", self._norm)
+            raise self._not_a_number("gradient", self._norm, self.steps.numbers(self.state.global_step))
         factor = clip_factor(self._norm, self.stage.optim.clip)
         if factor != 1.0:
             with paddle.no_grad():
                 for gradient in found:
                     gradient.scale_(factor)
 
-    def _not_a_number(self, what: str, value: float) -> TrainingError:
+    def _suspects(self) -> list[int]:
+        """The packs of this step whose micro-batch has a loss that is no number, on any rank; all, if only the sum."""
+        step = self.steps.numbers(self.state.global_step)
+        here = {number for packs, loss in self._parts if not math.isfinite(float(loss)) for number in packs}
+        found = _sum_over_ranks([float(number in here) for number in step])
+        return [number for number, count in zip(step, found, strict=True) if count] or list(step)
+
+    def _not_a_number(self, what: str, value: float, packs: Sequence[int]) -> TrainingError:
         step = self.state.global_step
-        rows = self.steps.rows(step)
+        rows = [row for number in packs for row in self.steps.packs.rows(number)]
         more = [f"and {len(rows) - NAMED_ROWS:,} more"] if len(rows) > NAMED_ROWS else []
         newest = self.checkpoints.steps()[-1:]
         kept = f"The checkpoint of step {newest[0]} is whole" if newest else "No checkpoint was written yet"
         return TrainingError(
             report(
-                f"Stage {self.stage.name}, step {step + 1}: the {what} is {value}. The rows of this step:",
+                f"Stage {self.stage.name}, step {step + 1}: the {what} is {value}. The rows it is made of:",
                 [*rows[:NAMED_ROWS], *more],
                 f"{kept}; weights were not changed by this step. Look at these rows, or lower the learning rate.",
             )
