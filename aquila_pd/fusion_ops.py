@@ -283,10 +283,12 @@ def _attention_samples(dtype: str) -> list[tuple]:
 
 
 def _packed_samples(dtype: str) -> list[tuple]:
-    """Samples of several lengths, one token long too, a row that is one sample, and padding."""
-    segments = paddle.to_tensor([[1, 1, 1, 2, 3, 3, 3, 3, 3, 4, 4, 0, 0, 0, 0, 0], [1] * 16])
-    q, k, v = _random([2, 16, 4, 32], dtype), _random([2, 2, 16, 32], dtype), _random([2, 2, 16, 32], dtype)
-    return [(q, k, v, PackedMask(segments))]
+    """Samples of several lengths, one token long too, a row that is one sample, and padding; sizes as models have them,
+    since kernels are written for those."""
+    lengths = ((1, 24), (2, 1), (3, 40), (4, 16), (0, 47))
+    segments = [[segment for segment, length in lengths for _ in range(length)], [1] * 128]
+    q, k, v = _random([2, 128, 4, 128], dtype), _random([2, 2, 128, 128], dtype), _random([2, 2, 128, 128], dtype)
+    return [(q, k, v, PackedMask(paddle.to_tensor(segments)))]
 
 
 def _random(shape: list[int], dtype: str):

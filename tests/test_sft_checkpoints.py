@@ -58,6 +58,12 @@ def test_the_newest_stay_and_the_best(tmp_path):
     assert checkpoints.steps() == [2, 4, 5]
 
 
+def test_the_best_of_each_that_stays_is_there_for_a_run_that_goes_back_to_it(tmp_path):
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
+        checkpoints = save(tmp_path, step, best=best)
+    assert checkpoints.steps() == [1, 3, 4]  # 3 knows 1 as the best
+
+
 def test_without_any_there_is_nothing_to_go_on_from(tmp_path):
     assert Checkpoints(tmp_path / "none", keep=1).newest(print) is None
 
@@ -130,11 +136,15 @@ def test_a_part_that_is_not_there_makes_no_checkpoint(tmp_path):
     assert names(tmp_path) == ["step-00000001"]
 
 
-def test_one_asked_for_by_step_is_looked_at_too(tmp_path):
+def test_one_asked_for_its_weights_is_looked_at_as_far_as_these_go(tmp_path):
     checkpoints = save(tmp_path, 3)
-    assert checkpoints.at(3).step == 3
+    (tmp_path / "step-00000003" / "optimizer-00001-of-00001-00001.safetensors").write_bytes(b"")
+    assert checkpoints.with_weights(3).step == 3
+    (tmp_path / "step-00000003" / "weights-00001.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"weights-00001\.safetensors has 0 bytes"):
+        checkpoints.with_weights(3)
     with pytest.raises(CheckpointError, match="never finished"):
-        checkpoints.at(4)
+        checkpoints.with_weights(4)
 
 
 MOMENTS_OF_WRITING = ("write_json", "write_shard", "sync", "_remove")

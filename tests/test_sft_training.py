@@ -208,7 +208,8 @@ def test_the_best_evaluation_is_remembered_over_a_resume(tmp_path):
     with_resume = run(tmp_path / "broken", of, held_out=held_out, resume=True)
     again, once = ([r.loss for r in run.evaluations] for run in (with_resume, whole))
     assert again == once[-len(again) :]
-    best = min(whole.evaluations, key=lambda record: record.loss)
+    assert whole.evaluations[0].step == 0 and not whole.evaluations[0].best
+    best = min(whole.evaluations[1:], key=lambda record: record.loss)
     assert (tmp_path / "broken" / "checkpoints" / f"step-{best.step:08d}").is_dir()
 
 

@@ -125,8 +125,9 @@ class Checkpoints:
             ranks.wait()
             if ranks.first:
                 write_more(partial)
-                self._finish(partial, final, ranks, {"version": VERSION, "step": step, "facts": dict(facts)})
-                self._remove_old(step, best)
+                manifest = {"version": VERSION, "step": step, "best": best, "facts": dict(facts)}
+                self._finish(partial, final, ranks, manifest)
+                self._remove_old()
         except BaseException:
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -154,9 +155,13 @@ class Checkpoints:
         os.rename(partial, final)
         sync(self.folder)
 
-    def _remove_old(self, newest: int, best: int | None) -> None:
-        for step in self.steps()[: -self.keep]:
-            if step not in (newest, best):
+    def _remove_old(self) -> None:
+        """Remove all but the newest, and the best that each of these knows: a run may go on from any of them."""
+        steps = self.steps()
+        manifests = (self.folder / STEP.format(step) / MANIFEST for step in steps[-self.keep :])
+        best = {read_object(path, CheckpointError).get("best") for path in manifests if path.is_file()}
+        for step in steps[: -self.keep]:
+            if step not in best:
                 _remove(self.folder / STEP.format(step))
 
     def steps(self) -> list[int]:
@@ -164,12 +169,15 @@ class Checkpoints:
         found = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
         return sorted(int(number) for number in found if number.isdigit())
 
-    def at(self, step: int) -> Checkpoint:
-        """The checkpoint of this step. Raises CheckpointError, with all findings, when it is damaged or not there."""
+    def with_weights(self, step: int) -> Checkpoint:
+        """The checkpoint of this step, looked at as far as its weights go.
+
+        Raises CheckpointError, with all findings, when they are damaged or not there.
+        """
         folder = self.folder / STEP.format(step)
-        wrong = damage(folder)
+        wrong = damage(folder, only="weights-")
         if wrong:
-            raise CheckpointError(report(f"The checkpoint {folder} cannot be used:", wrong, "Resume from another one."))
+            raise CheckpointError(report(f"The checkpoint {folder} cannot be used:", wrong, "Put it back from a copy."))
         return _opened(folder, step)
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
@@ -211,8 +219,8 @@ def _opened(folder: Path, step: int) -> Checkpoint:
     return Checkpoint(folder, step, read_object(folder / MANIFEST, CheckpointError)["facts"])
 
 
-def damage(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, by the size and the hash of every file."""
+def damage(folder: Path, only: str = "") -> list[str]:
+    """What is wrong with a checkpoint, by the size and the hash of every file whose name begins with `only`."""
     if not (folder / MANIFEST).is_file():
         return [f"{MANIFEST} is not there: it was never finished"]
     try:
@@ -220,7 +228,8 @@ def damage(folder: Path) -> list[str]:
         version, files, facts = (manifest[key] for key in ("version", "files", "facts"))
         if version != VERSION or not isinstance(facts, dict):
             return [f"it has the format {version!r}, here {VERSION}"]
-        return [line for name, fact in files.items() for line in _wrong_file(folder / name, fact)]
+        looked_at = {name: fact for name, fact in files.items() if name.startswith(only)}
+        return [line for name, fact in looked_at.items() for line in _wrong_file(folder / name, fact)]
     except CheckpointError as error:
         return [str(error)]
     except (KeyError, TypeError, AttributeError) as error:

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 when all stages are done, 1 for what a person can mend, 2 for wrong arguments, 128 + n for signal n."""
     args = parser().parse_intermixed_args(argv)
     if launch.ranks() > 1:
-        return run_command(lambda: _train(args, _recipe_of_run(args)))
+        return run_command(lambda: _run_rank(args))
     return run_command(lambda: _run(args))
 
 
@@ -181,7 +181,16 @@ def _start_ranks(args: argparse.Namespace, run: RunFolder, processes: int, *, on
     command = [sys.executable, "-m", "aquila_pd.cli", "sft", str(run.root)]
     command += [] if args.threads is None else ["--threads", str(args.threads)]
     os.environ[PREPARED_BY] = str(os.getpid())
-    return launch.run_together(command, processes, on_gpus=on_gpus, logs=run.logs, held=[lock])
+    return launch.run_together(command, processes, on_gpus=on_gpus, logs=run.ranks, held=[lock])
+
+
+def _run_rank(args: argparse.Namespace) -> int:
+    """Train as one of several ranks. Of ranks that another launcher started, the first holds the run folder's lock."""
+    recipe = _recipe_of_run(args)
+    if PREPARED_BY in os.environ or launch.rank() > 0:
+        return _train(args, recipe)
+    with _alone(Path(recipe.output)):
+        return _train(args, recipe)
 
 
 def _recipe_of_run(args: argparse.Namespace) -> Recipe:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 from ..chat.loading import check_folder, quiet, stop_ids_of
 from ..chat.prompts import ChatPrompts
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from ..tokenizer import AquilaTokenizer
-from .data.prepare import Progress, prepare
+from .batches import Packs
+from .data.packing import Plan, plan_epoch
+from .data.prepare import HELD_OUT, TRAIN, Progress, prepare
+from .data.samples import Samples
 from .estimate import Model
 from .recipe import Recipe, Stage
 from .run_folder import RunFolder
@@ -41,6 +44,11 @@ def prepare_stage(recipe: Recipe, stage: Stage, run: RunFolder, *, workers: int 
         note=lambda line: print(f"  {line}", file=sys.stderr),
     )
     show.close()
+    if stage.evaluates and found.held_out is None:
+        raise DataError(
+            f"Stage {stage.name} shall be evaluated, and not one row was left for that.\n"
+            "Hold out a larger share (data.held_out), name files (data.evaluate), or leave both out."
+        )
     rows = Model.read(Path(recipe.model)).dims.vocab
     largest = found.manifest["train"].get("largest_id", 0)
     if largest >= rows:
@@ -51,7 +59,9 @@ def prepare_stage(recipe: Recipe, stage: Stage, run: RunFolder, *, workers: int 
     train, held_out = found.train, found.held_out
     what = "found prepared" if found.is_reused else "prepared"
     more = f", {held_out['samples']:,} to evaluate on" if held_out else ""
-    print(f"{stage.name}: {train['samples']:,} samples of {train['tokens']:,} tokens {what}{more}")
+    packs, _ = packs_of(recipe, stage, run)  # the plans are made here, by one process, and found by all ranks
+    place = f"{len(packs):,} packs in {stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}"
+    print(f"{stage.name}: {train['samples']:,} samples of {train['tokens']:,} tokens {what}{more}; {place}")
     return {
         "folder": str(found.folder.relative_to(run.root)),
         "inputs": found.manifest["inputs_digest"],
@@ -59,6 +69,22 @@ def prepare_stage(recipe: Recipe, stage: Stage, run: RunFolder, *, workers: int 
         "held_out": held_out,
         "counters": found.manifest["counters"],
     }
+
+
+def packs_of(recipe: Recipe, stage: Stage, run: RunFolder) -> tuple[Packs, Packs | None]:
+    """The packs a stage trains on, and those it is evaluated on, if there are any."""
+
+    def packs(part: str, epochs: float) -> Packs:
+        samples = Samples.open(run.data(stage.name) / part)
+
+        def plan_of(epoch: int) -> Plan:
+            folder = run.plans(stage.name, part)
+            return plan_epoch(samples, length=stage.length, seed=recipe.seed, epoch=epoch, folder=folder)
+
+        return Packs(samples, plan_of, epochs=epochs, length=stage.length, pad_id=0)
+
+    has_held_out = (run.data(stage.name) / HELD_OUT).is_dir()
+    return packs(TRAIN, stage.epochs), packs(HELD_OUT, 1) if has_held_out else None
 
 
 class _Line:

@@ -34,11 +34,14 @@ def copy_companions(base: Path, folder: Path) -> None:
 
 
 def link_model(source: Path, folder: Path) -> None:
-    """Put a model into a folder that is there, its weights taking no room twice: they are other names of the same."""
+    """Put a model into a folder that is there, its weights taking no room twice where the disk can do that."""
     copy_companions(source, folder)
     for path in source.iterdir():
         if path.is_file() and not (folder / path.name).exists():
-            (folder / path.name).hardlink_to(path)
+            try:
+                (folder / path.name).hardlink_to(path)
+            except OSError:  # no other names for a file: network shares, some cards
+                shutil.copyfile(path, folder / path.name)
 
 
 def record_template(folder: Path, template: str) -> None:

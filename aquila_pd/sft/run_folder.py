@@ -2,9 +2,11 @@
 
 RUN/
   manifest.json              what was trained on, with what, and what came out (manifest.py)
+  run.lock                   held by the process that trains here
   log.jsonl, curve.png       what the run said
+  ranks/                     what ranks other than 0 said on their terminals: rank-1.log ...
   data/STAGE/                prepared rows; beside them, in STAGE-plans, the packs of each epoch
-  stages/STAGE/checkpoints/  step-00000120/ ...
+  stages/STAGE/checkpoints/  step-00000120/ ...; damaged-step-... is one that was found damaged and put aside
   stages/STAGE/result/       a model folder, or an adapter; it is there when the stage is done
   stages/STAGE/merged/       an adapter merged into its base, where a later stage wants that
   model/                     the last stage's result as a plain model folder
@@ -42,8 +44,8 @@ class RunFolder:
         return self.root / "stages" / stage / "merged"
 
     @property
-    def logs(self) -> Path:
-        return self.root / "logs"
+    def ranks(self) -> Path:
+        return self.root / "ranks"
 
     @property
     def model(self) -> Path:

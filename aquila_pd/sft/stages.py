@@ -14,22 +14,25 @@ from pathlib import Path
 import paddle
 import paddle.distributed as dist
 
-from ..errors import ConfigError, TrainingError, report
+from ..errors import CheckpointError, ConfigError, TrainingError, report
+from ..fusion_ops import choices
 from ..modeling import AquilaForCausalLM
 from ..quantization.loading import load_quantized
 from . import adapter_files
 from .adapters import attach
 from .batches import Packs, Steps
 from .checkpoints import Checkpoint, Checkpoints
-from .data.packing import Plan, plan_epoch
-from .data.prepare import HELD_OUT, TRAIN
 from .data.samples import Samples
 from .estimate import Machine, Model, stage_info
 from .export import merge_folder
 from .launch import rank, ranks
+from .logs.curve import NAME as CURVE
+from .logs.curve import draw_curve
+from .logs.jsonl import NAME as LOG
 from .logs.reporter import Reporter, Silent, open_reporter
 from .loss import SummedLoss
 from .manifest import DONE, RUNNING, Manifest
+from .preparing import packs_of
 from .recipe import Recipe, Stage
 from .results import link_model, write_model
 from .run_folder import RunFolder, appear
@@ -77,6 +80,8 @@ def train(recipe: Recipe, run: RunFolder, manifest: Manifest) -> None:
                 carried, checkpoint = _after(stage, carried, run), None
                 gc.collect()
             reporter.finish()
+    elif rank() == 0 and (run.root / LOG).exists() and not (run.root / CURVE).exists():  # killed after the last result
+        draw_curve(run.root / LOG, run.root / CURVE, stages=[stage.name for stage in recipe.stages])
     if recipe.export == "merged" and rank() == 0 and not run.model.exists():
         _export(carried, run)
 
@@ -112,7 +117,12 @@ def _reporter(recipe: Recipe, run: RunFolder, first: Stage, checkpoint: Checkpoi
 def _agreed(stage: Stage, run: RunFolder, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to go on from, looked at by rank 0, the same for all."""
     checkpoints = Checkpoints(run.checkpoints(stage.name), keep=stage.keep)
-    found = [checkpoints.newest(say) if rank() == 0 else None]
+    return _from_first_rank(lambda: checkpoints.newest(say))
+
+
+def _from_first_rank(look: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """What rank 0 finds, on every rank."""
+    found = [look() if rank() == 0 else None]
     if ranks() > 1:
         dist.broadcast_object_list(found, src=0)
     return found[0]
@@ -147,7 +157,7 @@ class _Training:
         step = checkpoint.step if checkpoint else 0
         sizes, machine = Model.read(Path(self.recipe.model)), Machine.here(ranks())
         info = stage_info(self.stage, sizes, samples, machine, dtype=self.dtype, steps=steps.steps, step=step)
-        self.reporter.start(info)
+        self.reporter.start(replace(info, facts={**info.facts, **_kernels(machine)}))
         if rank() == 0:
             self.manifest.update(self.stage.name, state=RUNNING, steps=steps.steps)
 
@@ -174,9 +184,18 @@ class _Training:
     def _take_best(self, model: AquilaForCausalLM, best: Best, *, last: int) -> None:
         """Go back to the weights with the lowest evaluation loss, where these are not the last."""
         if best.step not in (None, last):
-            load_trained(model, self.checkpoints.at(best.step))
-            why = f"whose evaluation loss of {best.loss:.4f} is the lowest"
-            self.reporter.said(f"The weights of step {best.step} are taken, {why}.")
+            found = _from_first_rank(lambda: self._best_checkpoint(best.step))
+            if found is not None:
+                load_trained(model, found)
+                why = f"whose evaluation loss of {best.loss:.4f} is the lowest"
+                self.reporter.said(f"The weights of step {best.step} are taken, {why}.")
+
+    def _best_checkpoint(self, step: int) -> Checkpoint | None:
+        try:
+            return self.checkpoints.with_weights(step)
+        except CheckpointError as error:
+            self.reporter.said(f"{error}\nThe weights of the last step are taken, not those of step {step}, the best.")
+            return None
 
     def _end(self, model: AquilaForCausalLM, carried: Carried, steps: Steps, best: Best) -> None:
         result = self.folder.result(self.stage.name)
@@ -190,20 +209,13 @@ class _Training:
         _wait_for(result)
 
 
-def packs_of(recipe: Recipe, stage: Stage, run: RunFolder) -> tuple[Packs, Packs | None]:
-    """The packs a stage trains on, and those it is evaluated on, if there are any."""
-
-    def packs(part: str, epochs: float) -> Packs:
-        samples = Samples.open(run.data(stage.name) / part)
-
-        def plan_of(epoch: int) -> Plan:
-            folder = run.plans(stage.name, part)
-            return plan_epoch(samples, length=stage.length, seed=recipe.seed, epoch=epoch, folder=folder)
-
-        return Packs(samples, plan_of, epochs=epochs, length=stage.length, pad_id=0)
-
-    has_held_out = (run.data(stage.name) / HELD_OUT).is_dir()
-    return packs(TRAIN, stage.epochs), packs(HELD_OUT, 1) if has_held_out else None
+def _kernels(machine: Machine) -> dict[str, str]:
+    """Which operations run in fused kernels on a GPU: plain attention takes much more memory there."""
+    if not machine.gpu:
+        return {}
+    fused = [choice.name for choice in choices() if choice.chosen == "fused"]
+    plain = [f"{choice.name} ({choice.reason})" for choice in choices() if choice.chosen != "fused"]
+    return {"fused": ", ".join(fused) or "nothing", "not fused": "; ".join(plain) or "nothing"}
 
 
 def build(stage: Stage, carried: Carried, *, seed: int, dtype: str) -> AquilaForCausalLM:

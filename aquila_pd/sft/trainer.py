@@ -23,6 +23,8 @@ from paddlenlp.trainer import Trainer, TrainerCallback, TrainingArguments
 from paddlenlp.trainer.trainer import TRAINER_STATE_NAME
 
 from ..errors import CheckpointError, TrainingError, report
+from ..quantization.nf4 import dtype_name
+from ..shards import FLOATS
 from .batches import FIELDS, Packs, Share, Steps
 from .checkpoints import Checkpoint, Checkpoints, Ranks, array_of
 from .data.order import derive_key
@@ -87,6 +89,8 @@ class StageTrainer(Trainer):
     def run(self, checkpoint: Checkpoint | None) -> Best:
         """Train to the end, from a checkpoint on when there is one; returns the best evaluation.
 
+        A stage that begins is evaluated first: what it improves on shows, and that evaluation works before hours go by.
+
         Raises TrainingError when the loss or the gradient is no number, Stopped when somebody asked for it.
         """
         self._resumed_from = checkpoint
@@ -94,6 +98,8 @@ class StageTrainer(Trainer):
             self.best = Best(**checkpoint.facts["best"])
         if checkpoint is None or checkpoint.step < self.steps.steps:
             with self._stop_when_told():
+                if checkpoint is None and self.held_out:
+                    self.evaluate_held_out(0)
                 self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
                 self._stop_at_end()
         else:
@@ -263,7 +269,7 @@ class StageTrainer(Trainer):
         loss = total / labels
         if not math.isfinite(loss):
             raise TrainingError(f"Stage {self.stage.name}, step {step}: the evaluation loss is {loss}.")
-        improved = self.best.loss is None or loss < self.best.loss
+        improved = step > 0 and (self.best.loss is None or loss < self.best.loss)  # at 0 nothing was trained yet
         self.reporter.evaluated(
             EvalRecord(
                 self.stage.name,
@@ -343,6 +349,11 @@ def load_trained(model, checkpoint: Checkpoint) -> None:
         f"shape       {name}: stored {list(stored[name].shape)}, here {list(parameter.shape)}"
         for name, parameter in parameters.items()
         if name in stored and list(stored[name].shape) != list(parameter.shape)
+    ]
+    findings += [
+        f"dtype       {name}: stored {stored[name].dtype}, here {parameter.dtype}; a stage keeps the dtype it began in"
+        for name, parameter in parameters.items()
+        if name in stored and FLOATS[stored[name].dtype] != dtype_name(parameter.dtype)
     ]
     if findings:
         headline = f"The checkpoint {checkpoint.folder} holds another model:"

@@ -46,7 +46,7 @@ def cut_log(path: Path, *, stages: Sequence[str], stage: str, step: int) -> list
     if not path.exists():
         return []
     order = {name: number for number, name in enumerate(("", *stages))}  # "": said before any stage began
-    last = (order[stage], step)
+    last = (order[stage], step or -1)  # a stage that begins anew writes its first lines again
     keep, later, torn = 0, 0, False
     for end, record in _lines(path):
         if record is None:
