@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from chat_factory import tiny_torch_folder
+from recipes_factory import example_rows, small_recipes
 
 pytestmark = pytest.mark.slow  # each command and each piece of Python is a process that loads PaddleNLP
 
@@ -21,6 +22,7 @@ MODEL = "AquilaChat2-34B"
 RUN_ELSEWHERE = {
     "make demo": "tests/test_demo.py",
     "make test": ".ci/run",
+    "python examples/sft_walk.py": "tests/test_sft_walk.py",
     f"aquila-pd serve {MODEL}-PD --port 8000": "tests/test_readme.py",
 }
 
@@ -31,10 +33,12 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with the model the README speaks of (tiny) and the project's convert/ beside it."""
+    """A folder with the model the README speaks of (tiny), rows, and the project's convert/ and recipes/ beside it."""
     work = tmp_path_factory.mktemp("readme")
     tiny_torch_folder(work / MODEL, max_position_embeddings=2048)
     shutil.copytree(ROOT / "convert", work / "convert")
+    small_recipes(work / "recipes")
+    example_rows(work / "rows.jsonl")
     for line in "\n".join(blocks("bash")).splitlines():
         words = shlex.split(line)
         if not line or line in RUN_ELSEWHERE:
@@ -53,6 +57,7 @@ def workplace(tmp_path_factory):
 def test_every_command_of_the_readme_runs(workplace):
     assert (workplace / f"{MODEL}-PD" / "model.safetensors").is_file()
     assert (workplace / "report.json").is_file()
+    assert (workplace / "tuned-HF" / "model.safetensors").is_file()
     assert all(Path(ROOT, place).exists() for place in RUN_ELSEWHERE.values())
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import MISSING
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from chat_factory import tiny_torch_folder
+from recipes_factory import example_rows, small_recipes
 
 from aquila_pd.sft import command, resuming
 from aquila_pd.sft.data import fitting, packing, pipeline
@@ -176,7 +176,6 @@ def test_what_is_learned_is_what_the_preview_shows(shared):
 # -------------------------------------------------------------------------------------------------- commands
 
 MODEL = "Aquila2-34B"
-QUICK = {"length: 4096": "length: 256", "global_batch: 64": "global_batch: 8", "epochs: 5": "epochs: 1"}
 SERVED = "aquila-pd serve"  # tests/test_readme.py and tests/test_serving_*.py run servers
 ALL_OF_THEM = """
 import shlex, sys
@@ -194,15 +193,8 @@ def workplace(tmp_path_factory) -> Path:
     """A folder as the guide has it, with a tiny model and recipes that are small in its measure; all commands done."""
     work = tmp_path_factory.mktemp("guide")
     tiny_torch_folder(work / MODEL, max_position_embeddings=4096)
-    shutil.copytree(RECIPES, work / "recipes")
-    recipe = work / "recipes" / "aquila2_34b_qlora.yaml"
-    text = recipe.read_text(encoding="utf-8")
-    for long, short in QUICK.items():
-        assert long in text
-        text = text.replace(long, short)
-    recipe.write_text(text.replace("held_out: 0.02", "held_out: 0.1"), encoding="utf-8")
-    (work / "data").mkdir()
-    shutil.copyfile(ROOT / "examples" / "walk_rows.jsonl", work / "data" / "train.jsonl")
+    small_recipes(work / "recipes")
+    example_rows(work / "data" / "train.jsonl")
     here = [line for line in "".join(blocks("bash")).splitlines() if line.startswith("aquila-pd")]
     commands = [line for line in here if not line.startswith(SERVED)]
     assert len(commands) > 10 and len(here) == len(commands) + 1
