@@ -123,11 +123,26 @@ class Attempts:
         """Of the last attempt that was not killed."""
         return int(re.findall(r"^events (\d+)$", self.said, re.MULTILINE)[-1])
 
+    def killed_after(self, steps: int, *, pause: float) -> int:
+        """Killed a moment after so many more steps are logged; its exit status, 0 if it was done before."""
+        steps += self.steps()
+        process = self.start()
+        while process.is_alive() and self.steps() < steps:
+            time.sleep(0.005)
+        process.join(pause)
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    def steps(self) -> int:
+        """Logged until now."""
+        log = self.run / "log.jsonl"
+        return log.read_text().count('"kind": "step"') if log.exists() else 0
+
     def wait_for(self, steps: int) -> None:
         """Until so many steps are logged."""
-        for _ in range(6000):
-            log = self.run / "log.jsonl"
-            if log.exists() and log.read_text().count('"kind": "step"') >= steps:
+        for _ in range(12000):
+            if self.steps() >= steps:
                 return
             time.sleep(0.005)
         raise AssertionError(self.said)
@@ -157,8 +172,12 @@ def test_killed_again_and_again_at_any_place_it_is_the_same_run(place, tmp_path,
     broken, rng = Attempts(file, tmp_path / "broken"), random.Random(chain)
     kills = []
     while len(kills) < 60:
-        kills.append(rng.randint(1, max(2, whole.events // 4)))
-        status = broken.once(kill_at=kills[-1])
+        if len(kills) % 3 == 2:
+            kills.append(f"{rng.randint(1, 3)} steps")
+            status = broken.killed_after(int(kills[-1].split()[0]), pause=rng.random() / 20)
+        else:
+            kills.append(rng.randint(1, whole.events // 4))
+            status = broken.once(kill_at=kills[-1])
         if status == 0:
             break
         assert status == -signal.SIGKILL, broken.said
@@ -167,15 +186,43 @@ def test_killed_again_and_again_at_any_place_it_is_the_same_run(place, tmp_path,
     assert "Traceback" not in broken.said
 
 
+# In the order in which they are reached: of each the second event, in the middle of what is written or removed there.
+WRITTEN = (
+    r"one-plans/train/\.epoch-0", r"data/two\.partial", r"two-plans/train/\.epoch-1", r"one/.*step-00000002\.partial",
+    r"one/.*step-00000002\.going", r"one/\.result", r"one/merged", r"two/.*step-00000004\.partial", r"two/\.result",
+    r"\.curve", r"/\.model",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed_while_writing(place, tmp_path_factory):
+    """A run killed while each kind of thing was written or removed, and the same run uninterrupted."""
+    folder = tmp_path_factory.mktemp("writing")
+    file = two_stages(place, folder / "r.yaml", *CHAINS["lora-full"])
+    whole, run = Attempts(file, folder / "whole"), Attempts(file, folder / "run")
+    for path in WRITTEN:
+        assert run.once(kill_at=2, path=path) == -signal.SIGKILL, f"nothing on {path}: {run.said}"
+    assert run.once() == whole.once() == 0, run.said
+    return run.run, whole.run
+
+
+def test_killed_while_something_is_written_it_is_the_same_run(killed_while_writing):
+    run, whole = killed_while_writing
+    assert results(run) == results(whole)
+    assert tree(whole).keys() <= tree(run).keys()
+
+
 @pytest.mark.xfail(strict=True, reason="plans that were being made stay behind under their temporary names")
-def test_nothing_is_left_of_what_was_being_written_when_it_was_killed(place, tmp_path):
-    file = two_stages(place, tmp_path / "r.yaml", *CHAINS["lora-full"])
-    run = Attempts(file, tmp_path / "run")
-    for path in ("data/one/.*", "plans/train", "step-00000002", "stages/one/result", "log.jsonl", "run/model"):
-        assert run.once(kill_at=4, path=path) == -signal.SIGKILL, f"nothing on {path}: {run.said}"
-    assert run.once() == 0, run.said
-    temporary = [name for name in tree(run.run) if ".partial" in name or "tmp" in name]
-    assert not temporary, temporary
+def test_nothing_is_left_of_what_was_being_written_when_it_was_killed(killed_while_writing):
+    left = [name for name in tree(killed_while_writing[0]) if re.search(r"(^|/)\.|\.partial", name)]
+    assert not left, left
+
+
+@pytest.mark.xfail(strict=True, reason="killed before older ones are removed, a finished stage keeps one too many")
+def test_no_more_checkpoints_stay_than_are_asked_for(killed_while_writing):
+    for name in ("one", "two"):
+        kept, wanted = (sorted(os.listdir(run / "stages" / name / "checkpoints")) for run in killed_while_writing)
+        assert kept == wanted
 
 
 def test_a_run_folder_in_use_is_refused_and_ctrl_c_ends_the_one_that_uses_it(place, tmp_path):
@@ -246,12 +293,14 @@ def ended_after(seconds: float, processes: list[int]) -> bool:
 
 def test_two_processes_killed_each_in_its_way_are_the_same_run(place, tmp_path):
     """One rank is killed in the first stage, then what started them in the second; then they are asked to stop."""
-    one, two = dict(neftune=5.0), dict(method="lora", lora=LORA, max_steps=12)
+    one, two = {}, dict(method="lora", lora=LORA, max_steps=12)
     file = two_stages(place, tmp_path / "r.yaml", one, two)
     whole, broken = tmp_path / "whole", Attempts(file, tmp_path / "broken")
     both = ("--processes", "2")
     assert Command(file, f"output={whole}", *both).ended() == 0
     assert records(whole)[0]["devices"] == 2
+    alone = Attempts(file, tmp_path / "alone")
+    assert alone.once() == 0 and losses(alone.run, "one") == pytest.approx(losses(whole, "one"), abs=ROUNDING)
 
     command = Command(file, f"output={broken.run}", *both)
     broken.wait_for(3)
