@@ -199,13 +199,15 @@ class AquilaModel(AquilaPretrainedModel):
         else:
             raise AquilaError("segment_ids say who sees whom: pass neither attention_mask nor a cache with them.")
 
+        if recomputing and x.stop_gradient:  # frozen embeddings (LoRA): recompute would take it for the graph's end
+            x = x.detach()
+            x.stop_gradient = False
         hidden_states, attentions = [], []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(x)
             if recomputing:
-                # Under frozen embeddings (LoRA) x has no gradient, which the reentrant form would take for an end.
-                x = recompute(layer, x, cos, sin, mask, use_reentrant=not x.stop_gradient)
+                x = recompute(layer, x, cos, sin, mask)
             elif output_attentions:
                 x, weights = layer(x, cos, sin, mask, cache, output_attentions=True)
                 attentions.append(weights[..., :S])

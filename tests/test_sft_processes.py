@@ -96,3 +96,29 @@ def test_when_one_process_fails_the_others_are_ended_and_its_words_are_named(tmp
     )
     assert run_together([sys.executable, "-c", code], 2, on_gpus=False, logs=tmp_path) == 3
     assert f"Rank 1 failed; what it said is in {tmp_path / 'rank-1.log'}" in capfd.readouterr().err
+
+
+def test_the_command_trains_stages_with_and_without_sharding_on_two_processes(tmp_path, monkeypatch, capfd):
+    """Fleet's groups are made before the first stage, which wants none, and are there for the second."""
+    from chat_factory import tiny_chat_folder
+
+    from aquila_pd.cli import main
+
+    tiny_chat_folder(tmp_path / "model", "aquila-v1")
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It is said."}]
+    rows = ({"id": i, "conversations": [*turns, {"from": "human", "value": f"{i}"}, turns[1]]} for i in range(40))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        "model: model\noutput: run\n"
+        "defaults: {length: 128, global_batch: 4, max_steps: 3, data: {train: {files: rows.jsonl}}}\n"
+        "stages: [{name: one}, {name: two, sharding: stage1, recompute: true}, {name: three, method: lora}]\n"
+    )
+    assert main(["sft", str(tmp_path / "recipe.yaml"), "output=" + str(tmp_path / "alone")]) == 0
+    assert main(["sft", str(tmp_path / "recipe.yaml"), "--processes", "2"]) == 0, capfd.readouterr().err
+
+    def losses(run: str) -> list[float]:
+        lines = map(json.loads, (tmp_path / run / "log.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if line["kind"] == "step" and line["stage"] != "three"]
+
+    assert len(losses("run")) == 6
+    assert_close(np.array(losses("run")), np.array(losses("alone")), ROUNDING)

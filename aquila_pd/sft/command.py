@@ -14,6 +14,7 @@ from . import launch
 from .manifest import FILE as MANIFEST
 from .manifest import Manifest, describe_model, environment
 from .recipe import Recipe, load_recipe
+from .resuming import WAITING
 from .run_folder import RunFolder
 
 LOCK = "run.lock"
@@ -66,6 +67,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args, recipe)
     gpus, processes = _devices(args)
+    for stage in recipe.stages:
+        stage.accumulation(processes)  # what does not divide is said before rows are prepared
     run = RunFolder(Path(recipe.output))
     with _alone(run.root) as lock:
         manifest = _open_manifest(recipe, run, devices=processes)
@@ -140,9 +143,19 @@ def _open_manifest(recipe: Recipe, run: RunFolder, *, devices: int) -> Manifest:
     facts = environment(devices=devices, device=Machine.here(devices).name)
     if known is None:
         return Manifest.start(run.root, recipe, model=model, environment=facts)
+    _forget_failures(known, run)
     for line in known.resume(recipe, model=model, environment=facts):
         print(f"  changed   {line}")
     return known
+
+
+def _forget_failures(manifest: Manifest, run: RunFolder) -> None:
+    """A stage that failed before it had learned anything has not begun: its recipe may still be mended."""
+    for name, facts in manifest.content["stages"].items():
+        if not run.checkpoints(name).is_dir() and not run.result(name).is_dir():
+            facts["state"] = WAITING
+        if not run.data(name).is_dir():  # removed, to be prepared otherwise
+            facts.pop("data", None)
 
 
 def _prepare_all(recipe: Recipe, run: RunFolder, manifest: Manifest, *, workers: int | None) -> None:
@@ -190,6 +203,7 @@ def _run_rank(args: argparse.Namespace) -> int:
     if PREPARED_BY in os.environ or launch.rank() > 0:
         return _train(args, recipe)
     with _alone(Path(recipe.output)):
+        _open_manifest(recipe, RunFolder(Path(recipe.output)), devices=launch.ranks())
         return _train(args, recipe)
 
 

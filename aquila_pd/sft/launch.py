@@ -114,6 +114,8 @@ def _environment(number: int, endpoints: list[str], *, on_gpus: bool) -> dict[st
     """What Paddle's own launcher sets for a rank. endpoints: the meeting point, then one for each rank."""
     meeting, *own = endpoints
     found = {
+        "TOKENIZERS_PARALLELISM": "false",  # or it warns of every fork
+        "GLOG_minloglevel": "2",  # errors alone
         **os.environ,
         "PADDLE_MASTER": meeting,
         "PADDLE_GLOBAL_SIZE": str(len(own)),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from ..chat.loading import check_folder, quiet, stop_ids_of
 from ..chat.prompts import ChatPrompts
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..tokenizer import AquilaTokenizer
 from .batches import Packs
+from .data.counters import Counters
 from .data.packing import Plan, plan_epoch
 from .data.prepare import HELD_OUT, TRAIN, Progress, prepare
 from .data.samples import Samples
@@ -22,6 +23,11 @@ def prompts_of(recipe: Recipe, stage: Stage) -> ChatPrompts:
     quiet()
     check_folder(folder)
     tokenizer = AquilaTokenizer.from_pretrained(str(folder))
+    if stage.template is None and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"Stage {stage.name} names no chat template, and {folder} records none: a base model, or converted without "
+            "one.\nName one in the recipe, such as `template: aquila-legacy`."
+        )
     return ChatPrompts(tokenizer, stage.template, eos_ids=stop_ids_of(tokenizer, folder))
 
 
@@ -62,6 +68,8 @@ def prepare_stage(recipe: Recipe, stage: Stage, run: RunFolder, *, workers: int 
     packs, _ = packs_of(recipe, stage, run)  # the plans are made here, by one process, and found by all ranks
     place = f"{len(packs):,} packs in {stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}"
     print(f"{stage.name}: {train['samples']:,} samples of {train['tokens']:,} tokens {what}{more}; {place}")
+    for line in dropped_or_changed(found.counters):
+        print(f"  {line}")
     return {
         "folder": str(found.folder.relative_to(run.root)),
         "inputs": found.manifest["inputs_digest"],
@@ -69,6 +77,15 @@ def prepare_stage(recipe: Recipe, stage: Stage, run: RunFolder, *, workers: int 
         "held_out": held_out,
         "counters": found.manifest["counters"],
     }
+
+
+def dropped_or_changed(counters: Counters) -> list[str]:
+    """A line for each rule that dropped or changed rows."""
+    shown = Counters()
+    for rule, rows in counters:
+        if rows and rule.effect != "counted":
+            shown.count(rule, rows)
+    return shown.lines()
 
 
 def packs_of(recipe: Recipe, stage: Stage, run: RunFolder) -> tuple[Packs, Packs | None]:

@@ -170,7 +170,8 @@ def _across_stages(root: Node, stages: list[Node]) -> list[str]:
                 findings.append(f"{name.path}: {same} {name.place}")
         findings += _idle_lora(stage)
     lora, methods = (root.get("defaults") or root).get("lora"), [_text(stage.get("method")) for stage in stages]
-    if lora and lora.content and stages and not any(method in ("lora", "qlora") for method in methods):
+    changed = any(method and method.line is None for method in (stage.get("method") for stage in stages))
+    if lora and lora.content and stages and not changed and not any(method in ("lora", "qlora") for method in methods):
         findings.append(f"{lora.path}: no stage has method lora or qlora, so nothing uses it {lora.place}")
     defaults = root.get("defaults")
     if defaults and not isinstance(defaults.content, dict | None):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import paddle
 import paddle.distributed as dist
+from paddle.distributed import fleet
 
 from ..errors import CheckpointError, ConfigError, TrainingError, report
 from ..fusion_ops import choices
@@ -58,8 +59,7 @@ def train(recipe: Recipe, run: RunFolder, manifest: Manifest) -> None:
 
     Raises TrainingError, DataError, CheckpointError; trainer.Stopped when somebody asked the run to stop.
     """
-    if ranks() > 1:
-        dist.init_parallel_env()
+    _meet(recipe)
     carried = Carried(Path(recipe.model))
     done = _done(recipe, run)
     for stage in done:
@@ -84,6 +84,18 @@ def train(recipe: Recipe, run: RunFolder, manifest: Manifest) -> None:
         draw_curve(run.root / LOG, run.root / CURVE, stages=[stage.name for stage in recipe.stages])
     if recipe.export == "merged" and rank() == 0 and not run.model.exists():
         _export(carried, run)
+
+
+def _meet(recipe: Recipe) -> None:
+    """Meet the other ranks. Fleet's groups are made here where any stage wants them: later, nobody would make them."""
+    if ranks() == 1:
+        return
+    if all(stage.sharding == "none" for stage in recipe.stages):
+        dist.init_parallel_env()
+        return
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {"dp_degree": 1, "mp_degree": 1, "pp_degree": 1, "sharding_degree": ranks()}
+    fleet.init(is_collective=True, strategy=strategy)
 
 
 def _done(recipe: Recipe, run: RunFolder) -> tuple[Stage, ...]:
