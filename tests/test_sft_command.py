@@ -533,7 +533,6 @@ def test_rows_that_cannot_be_trained_on(recipe, tmp_path, lines, said):
         trained(*arguments, "stages.0.data.max_bad_lines=5", "--prepare")
 
 
-@pytest.mark.xfail(strict=True, reason="only the manifest tells")
 def test_rows_that_are_dropped_are_told_of(recipe, tmp_path):
     message = trained(recipe(length=45, max_steps=1)).message
     counters = {one["rule"]: one["rows"] for one in manifest(tmp_path / "recipe")["stages"]["tune"]["data"]["counters"]}
@@ -576,11 +575,7 @@ def test_after_bad_rows_are_mended_the_same_command_trains(recipe, tmp_path):
                 strict=True, reason="a dry run knows, the run only behind the preparing of all rows"
             ),
         ),
-        pytest.param(
-            ("--processes", "3"),
-            ("global_batch",),
-            marks=pytest.mark.xfail(strict=True, reason="a dry run knows, the run only in its ranks"),
-        ),
+        (("--processes", "3"), ("global_batch",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

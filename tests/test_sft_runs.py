@@ -212,17 +212,10 @@ def test_killed_while_something_is_written_it_is_the_same_run(killed_while_writi
     assert tree(whole).keys() <= tree(run).keys()
 
 
-@pytest.mark.xfail(strict=True, reason="plans that were being made stay behind under their temporary names")
-def test_nothing_is_left_of_what_was_being_written_when_it_was_killed(killed_while_writing):
-    left = [name for name in tree(killed_while_writing[0]) if re.search(r"(^|/)\.|\.partial", name)]
-    assert not left, left
-
-
-@pytest.mark.xfail(strict=True, reason="killed before older ones are removed, a finished stage keeps one too many")
-def test_no_more_checkpoints_stay_than_are_asked_for(killed_while_writing):
-    for name in ("one", "two"):
-        kept, wanted = (sorted(os.listdir(run / "stages" / name / "checkpoints")) for run in killed_while_writing)
-        assert kept == wanted
+@pytest.mark.xfail(strict=True, reason="what a stage was removing at its end stays as .step-00000002.going")
+def test_nothing_is_left_of_what_was_being_written_or_removed(killed_while_writing):
+    run, whole = killed_while_writing
+    assert sorted(tree(run)) == sorted(tree(whole))
 
 
 def test_a_run_folder_in_use_is_refused_and_ctrl_c_ends_the_one_that_uses_it(place, tmp_path):
@@ -293,7 +286,7 @@ def ended_after(seconds: float, processes: list[int]) -> bool:
 
 def test_two_processes_killed_each_in_its_way_are_the_same_run(place, tmp_path):
     """One rank is killed in the first stage, then what started them in the second; then they are asked to stop."""
-    one, two = {}, dict(method="lora", lora=LORA, max_steps=12)
+    one, two = dict(sharding="stage1"), dict(method="lora", lora=LORA, max_steps=12)
     file = two_stages(place, tmp_path / "r.yaml", one, two)
     whole, broken = tmp_path / "whole", Attempts(file, tmp_path / "broken")
     both = ("--processes", "2")
@@ -307,7 +300,7 @@ def test_two_processes_killed_each_in_its_way_are_the_same_run(place, tmp_path):
     ranks = command.ranks()
     os.kill(max(ranks), signal.SIGKILL)
     assert command.ended() not in (0, None) and ended_after(20, ranks) and len(ranks) >= 2
-    assert "Rank" in command.said and "Traceback" not in command.said, command.said
+    assert re.search(r"Rank \d failed", command.said), command.said
 
     command = Command(file, f"output={broken.run}", *both)
     broken.wait_for(8)
@@ -327,17 +320,6 @@ def test_two_processes_killed_each_in_its_way_are_the_same_run(place, tmp_path):
     assert command.ended() == 0, command.said
     assert results(broken.run) == results(whole)
     assert manifest(broken.run)["stages"]["two"]["state"] == "done"
-
-
-@pytest.mark.xfail(strict=True, reason="'Fleet' object has no attribute '_hcg', as soon as a stage is sharded")
-def test_two_processes_may_shard_the_optimizer_in_any_stage(place, tmp_path):
-    file = two_stages(place, tmp_path / "r.yaml", {}, {"sharding": "stage1"})
-    command = Command(file, f"output={tmp_path / 'both'}", "--processes", "2")
-    assert command.ended() == 0, command.said
-    alone = Attempts(file, tmp_path / "alone")
-    assert alone.once("stages.*.sharding=none") == 0, alone.said
-    for name in ("one", "two"):
-        assert losses(tmp_path / "both", name) == pytest.approx(losses(alone.run, name), abs=ROUNDING)
 
 
 # ------------------------------------------------------------------------------------------- from stage to stage
