@@ -116,8 +116,7 @@ class Checkpoints:
         final = self.folder / STEP.format(step)
         partial = self.folder / f".{final.name}.partial"
         if ranks.first:
-            for left in self.folder.glob(".step-*"):  # of runs that were killed while they wrote or removed one
-                shutil.rmtree(left, ignore_errors=True)
+            self._clean()
             partial.mkdir(parents=True)
         ranks.wait()
         try:
@@ -134,6 +133,11 @@ class Checkpoints:
             raise
         ranks.wait()
         return final
+
+    def _clean(self) -> None:
+        """Remove what runs left that were killed while they wrote or removed a checkpoint."""
+        for left in self.folder.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _write_part(self, partial: Path, weights: Tensors, optimizer: Tensors, ranks: Ranks) -> None:
         files = _write_tensors(partial, "weights-{:05d}", weights)
@@ -186,6 +190,7 @@ class Checkpoints:
         Raises TrainingError when there are checkpoints and none of them is whole, and leaves them where they are:
         starting anew would be a silent loss, now or when it is tried once more.
         """
+        self._clean()
         damaged: dict[Path, list[str]] = {}
         for step in reversed(self.steps()):
             folder = self.folder / STEP.format(step)

@@ -1,23 +1,19 @@
 """`aquila-pd sft`: a recipe from its rows to a tuned model, in one run folder; the same command goes on with it."""
 
 import argparse
-import fcntl
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 from ..checkpoint.terminal import run as run_command
-from ..errors import OutputError, RecipeError, TrainingError
+from ..errors import AquilaError, RecipeError, TrainingError
 from . import launch
-from .manifest import FILE as MANIFEST
-from .manifest import Manifest, describe_model, environment
+from .manifest import Manifest
+from .opening import alone, check, compare_with_run, open_manifest, prepare_all
 from .recipe import Recipe, load_recipe
-from .resuming import WAITING
 from .run_folder import RunFolder
 
-LOCK = "run.lock"
 PREPARED_BY = "AQUILA_PD_SFT_PREPARED"  # set for the ranks that this command starts: all before training is done
 
 
@@ -67,14 +63,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args, recipe)
     gpus, processes = _devices(args)
-    for stage in recipe.stages:
-        stage.accumulation(processes)  # what does not divide is said before rows are prepared
     run = RunFolder(Path(recipe.output))
-    with _alone(run.root) as lock:
-        manifest = _open_manifest(recipe, run, devices=processes)
-        _prepare_all(recipe, run, manifest, workers=args.workers)
+    check(recipe, run, devices=processes)
+    with alone(run.root) as lock:
+        manifest = open_manifest(recipe, run, devices=processes)
+        prepare_all(recipe, run, manifest, workers=args.workers)
         if args.prepare:
-            print(f"The rows of all stages are prepared. Train on them with `aquila-pd sft {run.root}`.")
+            print(f"The rows of all stages are prepared. Train on them with\n  aquila-pd sft {quote(str(run.root))}")
             return 0
         if processes == 1:
             return _train(args, recipe)
@@ -108,65 +103,6 @@ def _devices(args: argparse.Namespace) -> tuple[int, int]:
     return gpus, processes
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[int]:
-    """Hold the run folder's lock, which is on this descriptor.
-
-    Raises OutputError when another process does, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = (folder / LOCK).open("a+")
-    except OSError as error:
-        raise OutputError(f"The run folder {folder} cannot be written: {error.strerror or error}.") from error
-    with held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held.seek(0)
-            raise OutputError(
-                f"Process {held.read().strip() or '?'} is training in {folder}. Wait for it, or choose another output."
-            ) from None
-        held.truncate(0)
-        held.write(str(os.getpid()))
-        held.flush()
-        yield held.fileno()
-
-
-def _open_manifest(recipe: Recipe, run: RunFolder, *, devices: int) -> Manifest:
-    """The run's manifest: of a run that begins, or of one that goes on, with what is different said."""
-    from .estimate import Machine
-
-    there = (run.root / MANIFEST).is_file()
-    known = Manifest.open(run.root) if there else None
-    model = describe_model(Path(recipe.model), known.content["model"] if known else None)
-    facts = environment(devices=devices, device=Machine.here(devices).name)
-    if known is None:
-        return Manifest.start(run.root, recipe, model=model, environment=facts)
-    _forget_failures(known, run)
-    for line in known.resume(recipe, model=model, environment=facts):
-        print(f"  changed   {line}")
-    return known
-
-
-def _forget_failures(manifest: Manifest, run: RunFolder) -> None:
-    """A stage that failed before it had learned anything has not begun: its recipe may still be mended."""
-    for name, facts in manifest.content["stages"].items():
-        if not run.checkpoints(name).is_dir() and not run.result(name).is_dir():
-            facts["state"] = WAITING
-        if not run.data(name).is_dir():  # removed, to be prepared otherwise
-            facts.pop("data", None)
-
-
-def _prepare_all(recipe: Recipe, run: RunFolder, manifest: Manifest, *, workers: int | None) -> None:
-    """Prepare the rows of every stage that is not done, so that what is wrong with them shows before the first."""
-    from .preparing import prepare_stage
-
-    for stage in recipe.stages:
-        if not run.result(stage.name).is_dir():
-            manifest.update(stage.name, data=prepare_stage(recipe, stage, run, workers=workers))
-
-
 def _dry_run(args: argparse.Namespace, recipe: Recipe) -> int:
     from .data.prepare import TRAIN
     from .dry_run import dry_run
@@ -183,6 +119,10 @@ def _dry_run(args: argparse.Namespace, recipe: Recipe) -> int:
         return folder if folder.is_dir() else None
 
     found = dry_run(recipe, machine, prepared=prepared, tokens_per_s=args.tokens_per_s)
+    try:
+        found.notes += compare_with_run(recipe, run, devices=machine.devices)
+    except AquilaError as error:
+        found.findings.append(str(error))
     print(found.text)
     return 1 if found.findings else 0
 
@@ -202,8 +142,8 @@ def _run_rank(args: argparse.Namespace) -> int:
     recipe = _recipe_of_run(args)
     if PREPARED_BY in os.environ or launch.rank() > 0:
         return _train(args, recipe)
-    with _alone(Path(recipe.output)):
-        _open_manifest(recipe, RunFolder(Path(recipe.output)), devices=launch.ranks())
+    with alone(Path(recipe.output)):
+        open_manifest(recipe, RunFolder(Path(recipe.output)), devices=launch.ranks())
         return _train(args, recipe)
 
 
@@ -236,7 +176,10 @@ def _train(args: argparse.Namespace, recipe: Recipe) -> int:
         train(recipe, run, Manifest.open(run.root))
     except Stopped as stopped:
         if launch.rank() == 0:
-            print(f"Stopped; all that was learned is kept. Go on with:\n  aquila-pd sft {run.root}", file=sys.stderr)
+            print(
+                f"Stopped; all that was learned is kept. Go on with:\n  aquila-pd sft {quote(str(run.root))}",
+                file=sys.stderr,
+            )
         return 128 + stopped.number
     if launch.rank() == 0:
         print(last_words(recipe, run))
@@ -246,5 +189,6 @@ def _train(args: argparse.Namespace, recipe: Recipe) -> int:
 def last_words(recipe: Recipe, run: RunFolder) -> str:
     """What a person does next."""
     folder = run.model if run.model.is_dir() else run.result(recipe.stages[-1].name)
-    talk = f"  aquila-pd chat {folder}" if run.model.is_dir() else f"  aquila-pd export {run.root} --output DIR"
+    root, tuned = quote(str(run.root)), quote(str(folder))
+    talk = f"  aquila-pd chat {tuned}" if run.model.is_dir() else f"  aquila-pd export {root} --output DIR"
     return f"Done. The tuned model is in {folder}; everything about the run is in {run.root}.\n{talk}"

@@ -128,8 +128,10 @@ class Manifest:
         kept = self.content["recipe"]
         return load_values(kept["values"], text=kept["text"], overrides=kept["overrides"], written=kept["written"])
 
-    def resume(self, recipe: Recipe, *, model: Mapping, environment: Mapping) -> list[str]:
+    def resume(self, recipe: Recipe, *, model: Mapping, environment: Mapping, record: bool = True) -> list[str]:
         """Go on with a recipe, which may be the old one; what is different from before, in lines to be said.
+
+        record: false for a look alone, after which the manifest is what it was.
 
         Raises RecipeError, with everything, when it would not be the same run any more.
         """
@@ -140,6 +142,8 @@ class Manifest:
             advice = ADVICE.format(folder=self.path.parent)
             raise RecipeError(report(f"The run in {self.path.parent} cannot go on as asked:", found.refused, advice))
         said = found.said + _environment_lines(before, environment)
+        if not record:
+            return said
         self.content["recipe"] = _recipe_facts(recipe)
         self.content["model"] = dict(model)
         self.content["resumed"].append(dict(environment))

@@ -278,7 +278,9 @@ def conversations(
         findings.bad_rows[:] = reading.bad.last
         judge.fill(findings)
     if counters[KEPT] == before:
-        raise DataError(report("No row is left to train on:", counters.lines(), "Look at what dropped them."))
+        names = ", ".join(sorted({file.path.name for file in files if file.part == TRAIN}))
+        headline = f"No row is left to train on, out of {names}:"
+        raise DataError(report(headline, counters.lines(), "Look at what became of them."))
     if unmet:
         findings.notes.append(f"No row has a source that fits {', '.join(sorted(unmet))}.")
     if spec.held_out and not counters[HELD_OUT]:
