@@ -24,6 +24,7 @@ LONG_FILES = {
     "test_hostile",
     "test_output",
     "test_packed",
+    "test_packed_attention",
     "test_resume",
     "test_round_trip",
     "test_sampling_draw",
@@ -55,9 +56,14 @@ from aquila_pd.processor import prefer_avx2_kernels  # noqa: E402  the environme
 prefer_avx2_kernels()
 
 
+# Training is tested as a whole, in files of which hardly one takes seconds; these two do.
+QUICK_OF_TRAINING = {"test_sft_checkpoints", "test_sft_manifest"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in LONG_FILES:
+        name = item.path.stem
+        if name in LONG_FILES or (name.startswith("test_sft_") and name not in QUICK_OF_TRAINING):
             item.add_marker(pytest.mark.slow)
 
 
