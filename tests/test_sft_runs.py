@@ -189,8 +189,8 @@ def test_killed_again_and_again_at_any_place_it_is_the_same_run(place, tmp_path,
 # In the order in which they are reached: of each the second event, in the middle of what is written or removed there.
 WRITTEN = (
     r"one-plans/train/\.epoch-0", r"data/two\.partial", r"two-plans/train/\.epoch-1", r"one/.*step-00000002\.partial",
-    r"one/.*step-00000002\.going", r"one/\.result", r"one/merged", r"two/.*step-00000004\.partial", r"two/\.result",
-    r"\.curve", r"/\.model",
+    r"one/.*step-00000002\.going", r"one/\.result", r"one/merged\.partial", r"one/merged/conversion",
+    r"two/.*step-00000004\.partial", r"two/\.result", r"\.curve", r"/\.model",
 )  # fmt: skip
 
 
@@ -212,27 +212,33 @@ def test_killed_while_something_is_written_it_is_the_same_run(killed_while_writi
     assert tree(whole).keys() <= tree(run).keys()
 
 
-@pytest.mark.xfail(strict=True, reason="what a stage was removing at its end stays as .step-00000002.going")
 def test_nothing_is_left_of_what_was_being_written_or_removed(killed_while_writing):
-    run, whole = killed_while_writing
-    assert sorted(tree(run)) == sorted(tree(whole))
+    run, whole = ([name for name in tree(run) if "/conversion-" not in name] for run in killed_while_writing)
+    assert run == whole
+
+
+@pytest.mark.xfail(strict=True, reason="the journal of a merge stays and is copied into results")
+def test_nothing_of_a_merge_is_left_in_models(killed_while_writing):
+    run, whole = ([name for name in tree(run) if "/conversion" in name] for run in killed_while_writing)
+    assert run == whole
 
 
 def test_a_run_folder_in_use_is_refused_and_ctrl_c_ends_the_one_that_uses_it(place, tmp_path):
     """A process as a terminal starts it: its output into a pipe, Ctrl-C to the whole group."""
-    file = two_stages(place, tmp_path / "r.yaml", {"max_steps": 60, "epochs": 60}, {})
+    slow = dict(max_steps=30, epochs=100, global_batch=16, save_every=20, eval_every=20)
+    file = two_stages(place, tmp_path / "r.yaml", slow, {})
     used, whole = Attempts(file, tmp_path / "used"), Attempts(file, tmp_path / "whole")
     command = Command(file, f"output={used.run}")
     used.wait_for(3)
     before = manifest(used.run)
     refused(sft(file, f"output={used.run}"), str(used.run))
     refused(sft(used.run), str(used.run))
-    assert manifest(used.run) == before
+    assert manifest(used.run)["resumed"] == before["resumed"]
     os.killpg(command.process.pid, signal.SIGINT)
     assert command.ended() == 128 + signal.SIGINT, command.said
     assert f"aquila-pd sft {used.run}" in command.said and "Traceback" not in command.said
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", command.said), "control characters in a pipe"
-    assert len(curve(used.run)) < 60
+    assert len(curve(used.run)) < 30
     assert used.once() == whole.once() == 0
     assert results(used.run) == results(whole.run)
 
@@ -284,42 +290,51 @@ def ended_after(seconds: float, processes: list[int]) -> bool:
     return not any(map(parent, processes))
 
 
+def two_going(file: Path, broken: Attempts, steps: int) -> tuple[Command, list[int]]:
+    """Start two ranks and wait until so many steps are logged; the command and its ranks.
+
+    Gloo, by which ranks on a CPU talk, now and then refuses their very first connection; that is not judged here.
+    """
+    for _ in range(3):
+        command = Command(file, f"output={broken.run}", "--processes", "2")
+        while command.process.poll() is None and broken.steps() < steps:
+            time.sleep(0.005)
+        if command.process.poll() is None:
+            return command, command.ranks()
+        logs = command.said + (broken.run / "ranks" / "rank-1.log").read_text(errors="replace")
+        assert "gloo" in logs and "Connection refused" in logs, logs
+    raise AssertionError(logs)
+
+
 def test_two_processes_killed_each_in_its_way_are_the_same_run(place, tmp_path):
     """One rank is killed in the first stage, then what started them in the second; then they are asked to stop."""
-    one, two = dict(sharding="stage1"), dict(method="lora", lora=LORA, max_steps=12)
+    one, two = dict(sharding="stage1"), dict(method="lora", lora=LORA, epochs=6, max_steps=12)
     file = two_stages(place, tmp_path / "r.yaml", one, two)
-    whole, broken = tmp_path / "whole", Attempts(file, tmp_path / "broken")
-    both = ("--processes", "2")
-    assert Command(file, f"output={whole}", *both).ended() == 0
-    assert records(whole)[0]["devices"] == 2
-    alone = Attempts(file, tmp_path / "alone")
-    assert alone.once() == 0 and losses(alone.run, "one") == pytest.approx(losses(whole, "one"), abs=ROUNDING)
+    alone, whole, broken = (Attempts(file, tmp_path / name) for name in ("alone", "whole", "broken"))
 
-    command = Command(file, f"output={broken.run}", *both)
-    broken.wait_for(3)
-    ranks = command.ranks()
+    command, ranks = two_going(file, whole, 1)
+    assert command.ended() == 0 and len(ranks) >= 2, command.said
+    assert alone.once() == 0 and losses(alone.run, "one") == pytest.approx(losses(whole.run, "one"), abs=ROUNDING)
+
+    command, ranks = two_going(file, broken, 3)
     os.kill(max(ranks), signal.SIGKILL)
-    assert command.ended() not in (0, None) and ended_after(20, ranks) and len(ranks) >= 2
+    assert command.ended() not in (0, None) and ended_after(20, ranks)
     assert re.search(r"Rank \d failed", command.said), command.said
 
-    command = Command(file, f"output={broken.run}", *both)
-    broken.wait_for(8)
-    ranks = command.ranks()
+    command, ranks = two_going(file, broken, 8)
     command.process.kill()
     command.ended()
     assert ended_after(20, ranks), "ranks go on without what started them"
 
-    command = Command(file, f"output={broken.run}", *both)
-    broken.wait_for(12)
-    ranks = command.ranks()
+    command, ranks = two_going(file, broken, 12)
     command.process.terminate()
     assert command.ended() == 128 + signal.SIGTERM and ended_after(20, ranks), command.said
     assert f"aquila-pd sft {broken.run}" in command.said
 
-    command = Command(broken.run, *both)
+    command, ranks = two_going(file, broken, 14)
     assert command.ended() == 0, command.said
-    assert results(broken.run) == results(whole)
-    assert manifest(broken.run)["stages"]["two"]["state"] == "done"
+    assert results(broken.run) == results(whole.run)
+    assert records(broken.run)[-1]["devices"] == 2 and manifest(broken.run)["stages"]["two"]["state"] == "done"
 
 
 # ------------------------------------------------------------------------------------------- from stage to stage
