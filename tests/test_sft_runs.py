@@ -156,8 +156,9 @@ def results(run: Path) -> tuple:
 # --------------------------------------------------------------------------------------------------- killed anywhere
 
 
+RUINOUS = {"lr": 1.0, "schedule": "constant", "warmup_steps": 6}  # the best evaluation is not the last
 CHAINS = {
-    "full": (dict(method="full", neftune=5.0), dict(method="full", keep_best=True)),
+    "full": (dict(method="full", neftune=5.0), dict(method="full", keep_best=True, eval_every=1, optim=RUINOUS)),
     "lora": (dict(method="lora", lora=LORA), dict(method="lora", lora=LORA)),
     "lora-full": (dict(method="lora", lora={**LORA, "dora": True}), dict(method="full")),
     "qlora-lora": (dict(method="qlora", lora=LORA), dict(method="lora", lora={**LORA, "r": 2}, recompute=True)),
