@@ -44,7 +44,7 @@ def test_a_missing_chat_template_names_the_key_of_the_recipe(recipe, capsys):
 def test_what_became_of_the_rows_is_said(recipe, capsys):
     assert sft(recipe, "--prepare") == 0
     said = capsys.readouterr().out
-    assert "one: 18 samples" in said and "packs in 1 epoch" in said
+    assert "one: 18 samples" in said and "packs planned" in said
     lines = {line.split()[1]: line.split()[0] for line in said.splitlines() if "dropped:" in line or "changed:" in line}
     assert lines["duplicate_exact"] == "1" and lines["nothing_left"] == "1"
 

@@ -218,7 +218,6 @@ def test_nothing_is_left_of_what_was_being_written_or_removed(killed_while_writi
     assert run == whole
 
 
-@pytest.mark.xfail(strict=True, reason="the journal of a merge stays and is copied into results")
 def test_nothing_of_a_merge_is_left_in_models(killed_while_writing):
     run, whole = ([name for name in tree(run) if "/conversion" in name] for run in killed_while_writing)
     assert run == whole

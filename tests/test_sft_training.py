@@ -13,7 +13,7 @@ from sft_factory import LENGTH, Recorder, packs, random_samples, run, stage, tin
 from twins import assert_close
 
 from aquila_pd.errors import TrainingError
-from aquila_pd.sft.batches import FIELDS, Share, Steps
+from aquila_pd.sft.batches import FIELDS, Packs, Share, Steps
 from aquila_pd.sft.loss import SummedLoss
 from aquila_pd.sft.optimizer import gradients
 from aquila_pd.sft.recipe import Optim
@@ -79,6 +79,20 @@ def test_ranks_share_a_step_without_overlap_or_loss(tmp_path):
     for step, expected in enumerate(alone):
         parts = [batch["input_ids"] for pair in zip(*ranks, strict=True) for batch in pair if batch["step"] == step]
         assert (np.concatenate(parts) == expected).all()
+
+
+def test_epochs_that_nobody_reaches_are_not_planned(tmp_path):
+    asked = []
+    samples = random_samples(tmp_path / "samples")
+    one = packs(samples, tmp_path / "plans", epochs=1)
+
+    def plan_of(epoch: int):
+        asked.append(epoch)
+        return one._plan_of(0)
+
+    many = Packs(samples, plan_of, epochs=20, length=LENGTH, pad_id=0, most=len(one) + 1)
+    assert asked == [0, 1] and len(many) == 2 * len(one)
+    assert Steps(many, global_batch=8, max_steps=2).steps == 2
 
 
 def test_a_fraction_of_an_epoch(tmp_path):

@@ -44,15 +44,26 @@ class StepCounts(NamedTuple):
 class Packs:
     """The packs of several epochs in one row. epochs may be a fraction: of the last one the first packs are taken.
 
-    plan_of: epoch -> Plan. pad_id: what stands where nothing does.
+    plan_of: epoch -> Plan. pad_id: what stands where nothing does. most: packs after which nobody asks; epochs behind
+    them are not planned.
     """
 
-    def __init__(self, samples: Samples, plan_of: Callable[[int], Plan], *, epochs: float, length: int, pad_id: int):
+    def __init__(
+        self,
+        samples: Samples,
+        plan_of: Callable[[int], Plan],
+        *,
+        epochs: float,
+        length: int,
+        pad_id: int,
+        most: int | None = None,
+    ):
         self.samples, self.length, self.pad_id = samples, length, pad_id
         self._plan_of = lru_cache(maxsize=2)(plan_of)
-        sizes = [len(self._plan_of(epoch)) for epoch in range(math.ceil(epochs))]
-        if epochs % 1:
-            sizes[-1] = max(1, round(sizes[-1] * (epochs % 1)))
+        sizes: list[int] = []
+        while len(sizes) < math.ceil(epochs) and (most is None or sum(sizes) < most):
+            size, part = len(self._plan_of(len(sizes))), epochs - len(sizes)
+            sizes.append(size if part >= 1 else max(1, round(size * part)))
         self.ends = np.cumsum(sizes)
 
     def __len__(self) -> int:

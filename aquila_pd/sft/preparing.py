@@ -66,7 +66,7 @@ def prepare_stage(recipe: Recipe, stage: Stage, run: RunFolder, *, workers: int 
     what = "found prepared" if found.is_reused else "prepared"
     more = f", {held_out['samples']:,} to evaluate on" if held_out else ""
     packs, _ = packs_of(recipe, stage, run)  # the plans are made here, by one process, and found by all ranks
-    place = f"{len(packs):,} packs in {stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}"
+    place = f"{len(packs):,} packs planned"
     print(f"{stage.name}: {train['samples']:,} samples of {train['tokens']:,} tokens {what}{more}; {place}")
     for line in dropped_or_changed(found.counters):
         print(f"  {line}")
@@ -91,17 +91,18 @@ def dropped_or_changed(counters: Counters) -> list[str]:
 def packs_of(recipe: Recipe, stage: Stage, run: RunFolder) -> tuple[Packs, Packs | None]:
     """The packs a stage trains on, and those it is evaluated on, if there are any."""
 
-    def packs(part: str, epochs: float) -> Packs:
+    def packs(part: str, epochs: float, most: int | None = None) -> Packs:
         samples = Samples.open(run.data(stage.name) / part)
 
         def plan_of(epoch: int) -> Plan:
             folder = run.plans(stage.name, part)
             return plan_epoch(samples, length=stage.length, seed=recipe.seed, epoch=epoch, folder=folder)
 
-        return Packs(samples, plan_of, epochs=epochs, length=stage.length, pad_id=0)
+        return Packs(samples, plan_of, epochs=epochs, length=stage.length, pad_id=0, most=most)
 
     has_held_out = (run.data(stage.name) / HELD_OUT).is_dir()
-    return packs(TRAIN, stage.epochs), packs(HELD_OUT, 1) if has_held_out else None
+    most = None if stage.max_steps is None else stage.max_steps * stage.global_batch
+    return packs(TRAIN, stage.epochs, most), packs(HELD_OUT, 1) if has_held_out else None
 
 
 class _Line:

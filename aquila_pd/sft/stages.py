@@ -15,6 +15,7 @@ import paddle
 import paddle.distributed as dist
 from paddle.distributed import fleet
 
+from ..checkpoint.journal import JOURNAL, LOCK
 from ..errors import CheckpointError, ConfigError, TrainingError, report
 from ..fusion_ops import choices
 from ..modeling import AquilaForCausalLM
@@ -82,7 +83,7 @@ def train(recipe: Recipe, run: RunFolder, manifest: Manifest) -> None:
             reporter.finish()
     elif rank() == 0 and (run.root / LOG).exists() and not (run.root / CURVE).exists():  # killed after the last result
         draw_curve(run.root / LOG, run.root / CURVE, stages=[stage.name for stage in recipe.stages])
-    if recipe.export == "merged" and rank() == 0 and not run.model.exists():
+    if recipe.export == "merged" and rank() == 0:
         _export(carried, run)
 
 
@@ -278,8 +279,8 @@ def _ready(carried: Carried, stage: Stage, run: RunFolder) -> Carried:
     if carried.adapter is None or _goes_on(carried.by, stage):
         return carried
     merged = run.merged(carried.by.name)
-    if rank() == 0 and not merged.exists():
-        merge_folder(carried.base, carried.adapter, merged, template=carried.by.template, fsync=True)
+    if rank() == 0:
+        _merge(carried, merged)
     _wait_for(merged)
     return Carried(merged)
 
@@ -291,13 +292,25 @@ def _goes_on(earlier: Stage, later: Stage) -> bool:
 
 
 def _export(carried: Carried, run: RunFolder) -> None:
-    if carried.adapter is None:
+    if carried.adapter is not None:
+        _merge(carried, run.model)
+    elif not run.model.exists():
         appear(run.model, partial(link_model, carried.base))
-    else:
-        merge_folder(carried.base, carried.adapter, run.model, template=carried.by.template, fsync=True)
+
+
+def _merge(carried: Carried, output: Path) -> None:
+    """Merge what is carried, or end the merging of a run that was killed in its last moment."""
+    if not _is_there(output):
+        merge_folder(carried.base, carried.adapter, output, template=carried.by.template, fsync=True)
+    (output / LOCK).unlink(missing_ok=True)  # held by nobody: the run folder's lock is
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether a folder that rank 0 makes is whole; of a merge the journal goes last."""
+    return folder.exists() and not (folder / JOURNAL).exists()
 
 
 def _wait_for(path: Path) -> None:
     """Rank 0 makes it; hours may go by, and a barrier's patience ends sooner."""
-    while not path.exists():
+    while not _is_there(path):
         time.sleep(POLL)
