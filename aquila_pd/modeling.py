@@ -192,12 +192,9 @@ class AquilaModel(AquilaPretrainedModel):
         S = x.shape[1] + (cache.length if cache is not None else 0)
         if segment_ids is None:
             mask, cos, sin = self._mask_and_angles(x, attention_mask, position_ids, cache, S)
-        elif attention_mask is None and cache is None:
-            packed = PackedMask(segment_ids)
-            cos, sin = self.rotary(packed.positions if position_ids is None else position_ids, packed.lengths)
-            mask = packed.full() if output_attentions else packed
         else:
-            raise AquilaError("segment_ids say who sees whom: pass neither attention_mask nor a cache with them.")
+            mask, cos, sin = self._packed_mask_and_angles(segment_ids, attention_mask, position_ids, cache)
+            mask = mask.full() if output_attentions else mask
 
         if recomputing and x.stop_gradient:  # frozen embeddings (LoRA): recompute would take it for the graph's end
             x = x.detach()
@@ -243,6 +240,13 @@ class AquilaModel(AquilaPretrainedModel):
         if cache is not None:
             mask = hide_beyond(mask, cache.reserve(T))
         return mask, *self.rotary(positions(keep, T) if position_ids is None else position_ids, S)
+
+    def _packed_mask_and_angles(self, segment_ids, attention_mask, position_ids, cache: KVCache | None):
+        """The PackedMask of rows that hold several samples, and cos, sin [B, T, 1, H]."""
+        if attention_mask is not None or cache is not None:
+            raise AquilaError("segment_ids say who sees whom: pass neither attention_mask nor a cache with them.")
+        mask = PackedMask(segment_ids)
+        return mask, *self.rotary(mask.positions if position_ids is None else position_ids, mask.lengths)
 
     def _cache(self, past_key_values, use_cache: bool | None):
         """The cache to append to or None, and whether the caller speaks in tuples.
