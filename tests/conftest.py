@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -50,6 +51,11 @@ for name, value in {
     "GLOG_minloglevel": "2",
 }.items():
     os.environ.setdefault(name, value)
+
+# A shell's background jobs ignore Ctrl-C, those of nohup a closed terminal, and processes that tests start would too.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 from aquila_pd.processor import prefer_avx2_kernels  # noqa: E402  the environment above comes first
 

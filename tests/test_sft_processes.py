@@ -55,7 +55,6 @@ def test_two_processes_have_the_curve_of_one(tmp_path, sharding, settings):
 @pytest.mark.parametrize(
     ("sharding", "settings"),
     [
-        ("none", dict(method="full")),
         ("stage1", dict(method="full")),
         ("stage1", dict(method="lora", dropout=0.1)),
         ("none", dict(method="qlora", dropout=0.1)),
