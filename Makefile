@@ -67,6 +67,7 @@ bench: $(STAMP)
 	@$(BIN)/python benchmarks/operations.py
 	@$(BIN)/python benchmarks/tokenizer.py --vocab $(VOCAB)
 	@$(BIN)/python benchmarks/generation.py --sampling
+	@$(BIN)/python benchmarks/training.py step
 
 clean:
 	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache
