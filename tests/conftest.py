@@ -17,6 +17,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Files of many tests, each of them quick and all together not: `make check` leaves them to `make test` too.
 LONG_FILES = {
     "test_bad_input",
+    "test_converted_folder",
     "test_engine_faults",
     "test_engine_prefixes",
     "test_engine_results",
