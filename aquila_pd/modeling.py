@@ -190,12 +190,9 @@ class AquilaModel(AquilaPretrainedModel):
         use_cache = False if use_cache is None and segment_ids is not None else use_cache
         cache, in_tuples = self._cache(past_key_values, use_cache)
         S = x.shape[1] + (cache.length if cache is not None else 0)
-        if segment_ids is None:
-            mask, cos, sin = self._mask_and_angles(x, attention_mask, position_ids, cache, S)
-        else:
-            mask, cos, sin = self._packed_mask_and_angles(segment_ids, attention_mask, position_ids, cache)
-            mask = mask.full() if output_attentions else mask
-
+        mask, cos, sin = self._mask_and_angles(x, attention_mask, position_ids, cache, S, segment_ids)
+        if output_attentions and isinstance(mask, PackedMask):
+            mask = mask.full()
         if recomputing and x.stop_gradient:  # frozen embeddings (LoRA): recompute would take it for the graph's end
             x = x.detach()
             x.stop_gradient = False
@@ -229,8 +226,10 @@ class AquilaModel(AquilaPretrainedModel):
             raise AquilaError(f"Paddle has no CPU kernels to compute in {weight.dtype}. Load the model as float32.")
         return self.embed(input_ids) if inputs_embeds is None else inputs_embeds
 
-    def _mask_and_angles(self, x, attention_mask, position_ids, cache: KVCache | None, S: int):
-        """The boolean mask [B or 1, 1, T or 1, C], and cos, sin [B, T, 1, H]."""
+    def _mask_and_angles(self, x, attention_mask, position_ids, cache: KVCache | None, S: int, segment_ids):
+        """The boolean mask [B or 1, 1, T or 1, C], or a PackedMask for segments; and cos, sin [B, T, 1, H]."""
+        if segment_ids is not None:
+            return self._packed_mask_and_angles(segment_ids, attention_mask, position_ids, cache)
         B, T, _ = x.shape
         if attention_mask is not None and attention_mask.ndim != 2:
             keep, mask = keep_mask(None, B, S), full_mask(attention_mask, B, T, S)
