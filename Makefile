@@ -9,17 +9,19 @@ OPENAI_NPM := 7.57.0
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST_ARGS ?=
 VOCAB ?= ../shared/tokenizer
+BENCH_ARGS ?=
 
-.PHONY: help venv test check lint format demo bench clean distclean
+.PHONY: help venv test check lint format demo bench bench-smoke clean distclean
 
 help:
-	@echo "make demo       convert, verify and run a real trained model"
-	@echo "make test       the whole test suite"
-	@echo "make check      lint, format check and the quick tests"
-	@echo "make format     rewrite the code in the project's layout"
-	@echo "make bench      the benchmarks"
-	@echo "make venv       only the environment in .venv"
-	@echo "make clean      remove what was built; make distclean also removes .venv"
+	@echo "make demo         convert, verify and run a real trained model"
+	@echo "make test         the whole test suite"
+	@echo "make check        lint, format check and the quick tests"
+	@echo "make format       rewrite the code in the project's layout"
+	@echo "make bench        speed and memory beside PaddleNLP and transformers: 30 to 60 minutes"
+	@echo "make bench-smoke  a few of these ratios beside the recorded ones: four minutes"
+	@echo "make venv         only the environment in .venv"
+	@echo "make clean        remove what was built; make distclean also removes .venv"
 
 venv: $(STAMP)
 
@@ -59,18 +61,16 @@ $(NODE): $(STAMP)
 demo: $(DEMO)
 	@$(BIN)/python examples/demo.py
 
-# The tokenizer's part wants a folder with vocab.json and merges.txt: make bench VOCAB=FOLDER
+# docs/BENCHMARKS.md. One part: make bench BENCH_ARGS="--only decode --rounds 3". The tokenizer's part wants a folder with
+# vocab.json and merges.txt, and is left out without one: make bench VOCAB=FOLDER
 bench: $(STAMP)
-	@test -f $(VOCAB)/vocab.json || { echo "$(VOCAB) holds no vocab.json: make bench VOCAB=FOLDER"; exit 2; }
-	@$(BIN)/python benchmarks/convert.py
-	@$(BIN)/python benchmarks/load.py
-	@$(BIN)/python benchmarks/operations.py
-	@$(BIN)/python benchmarks/tokenizer.py --vocab $(VOCAB)
-	@$(BIN)/python benchmarks/generation.py --sampling
-	@$(BIN)/python benchmarks/training.py step
+	@$(BIN)/python benchmarks/bench.py --vocab $(VOCAB) $(BENCH_ARGS)
+
+bench-smoke: $(STAMP)
+	@$(BIN)/python benchmarks/smoke.py
 
 clean:
-	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info demo-output bench-output .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean

@@ -18,11 +18,32 @@ from aquila_pd.weight_map import Dims, weights
 
 SHAPES = {
     # hidden, intermediate, layers, heads, key/value heads, vocabulary
+    "tiny": (64, 160, 2, 4, 2, 512),  # for the tests
+    "135m": (576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
     "0.4b": (1024, 4096, 12, 16, 4, 100008),
+    "0.4b-4": (1024, 4096, 4, 16, 4, 100008),  # four layers of it, for training steps
     "0.6b": (2048, 5504, 10, 16, 4, 32000),
     "1.3b": (2048, 5504, 24, 16, 16, 32000),
     "7b": (4096, 11008, 32, 32, 32, 100008),
 }
+TIED = {"135m"}  # the head is the embedding
+BLOCK = 1_048_583  # random values, repeated; a prime, so that no two rows of a matrix are the same
+
+
+def dims_of(shape: str) -> Dims:
+    """The sizes that tensors of a shape are made of."""
+    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[shape]
+    return Dims(vocab, hidden, hidden, hidden // heads * kv_heads, intermediate, layers, tied=shape in TIED)
+
+
+def bytes_per_token(shape: str, dtype: str = "float32") -> int:
+    """Bytes of weights that decoding one token has to read: all but the table of embeddings, of which it reads a row.
+
+    A tied head reads that table after all.
+    """
+    table = "model.embed_tokens.weight"
+    read = [w for w in weights(dims_of(shape)) if w.hf != table or shape in TIED]
+    return sum(int(np.prod(w.hf_shape)) for w in read) * (4 if dtype == "float32" else 2)
 
 
 def write_folder(folder: Path, shape: str, *, dtype: str = "bfloat16", model_type: str = "llama") -> Path:
@@ -31,13 +52,14 @@ def write_folder(folder: Path, shape: str, *, dtype: str = "bfloat16", model_typ
     if (folder / "config.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    dims = Dims(vocab, hidden, hidden, hidden // heads * kv_heads, intermediate, layers)
+    dims = dims_of(shape)
     kind = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}[dtype]
     rng = np.random.default_rng(0)
-    block = (rng.standard_normal(1 << 20) * 0.02).astype(np.float32).astype(kind)
+    block = (rng.standard_normal(BLOCK) * 0.02).astype(np.float32)
 
     def values(shape: tuple[int, ...]) -> np.ndarray:
-        return np.resize(block, int(np.prod(shape))).reshape(shape)
+        around = block + 1 if len(shape) == 1 else block  # norms near 1: else no layer would matter to the logits
+        return np.resize(around.astype(kind), int(np.prod(shape))).reshape(shape)
 
     entries = [Entry(w.hf, TAGS[np.dtype(kind)], w.hf_shape) for w in weights(dims)]
     shards = plan_shards(entries, parse_size("2GB"))
@@ -55,11 +77,11 @@ def write_folder(folder: Path, shape: str, *, dtype: str = "bfloat16", model_typ
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "vocab_size": vocab,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 8192,  # prompts of 4096 and an answer
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": shape in TIED,
         "torch_dtype": dtype,
         "bos_token_id": 1,
         "eos_token_id": 2,

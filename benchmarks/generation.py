@@ -1,197 +1,238 @@
-"""Prefill and decode speed: the engine beside transformers' and PaddleNLP's own generate(), on the same weights.
+"""Prefill and decoding on one side: our engine, transformers' and PaddleNLP's LLaMA, each as its users call it.
 
-    python benchmarks/generation.py --shape 0.4b --batch 1 4 16
+Every class loads its folder when it is made and has
 
-Greedy, float32, equally long random prompts, each side in a process of its own, in turn, with the same number of
-threads. Prefill is the time to the first token of all rows; decoding the median step after it.
-transformers reads the folder the Paddle side was converted from. With --sampling the engine draws with temperature
-0.8 and top_p 0.9 too, to show what that costs.
+    prefill(ids)              [B, T] prompts -> the token after each, [B]
+    generate(ids, new, step)  greedy; calls step() after every token of all rows -> tokens [B, new]
+    device                    of device.py
+
+process.py runs one of them in a process of its own; parts.py says which are compared.
 """
 
-import argparse
-import json
-import multiprocessing
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-from checkpoints import SHAPES  # noqa: E402
-from harness import machine, random_folder, run  # noqa: E402
-from load import as_paddlenlp_llama  # noqa: E402
-
-COMMON = """
-import json, sys, time
 import numpy as np
-folder, batch, length, new, threads = sys.argv[1], *map(int, sys.argv[2:6])
-prompts = np.random.default_rng(0).integers(3, 30000, (batch, length))
+from checkpoints import bytes_per_token
+from device import paddle_device, torch_device
 
-def measure(generate):
-    # generate(ids, n, step) continues rows by n tokens and calls step() after each; the median: machines are noisy
-    generate(prompts[:, :8], 2, lambda: None)  # warms up kernels and memory
-    times = []
-    begin = time.perf_counter()
-    generate(prompts, new, lambda: times.append(time.perf_counter()))
-    return {"prefill": batch * length / (times[0] - begin), "decode": batch / float(np.median(np.diff(times)))}
-"""
-OURS = """
-import aquila_pd, paddle
-from aquila_pd.generation import Engine, SamplingParams
-from aquila_pd.modeling import AquilaForCausalLM
-paddle.base.core.set_num_threads(threads)
-model = AquilaForCausalLM.from_pretrained(folder, dtype="float32")
-model.eval()
-model.fuse_projections()
-engine = Engine(model, slots=batch, prefix_reuse=False, prefill_chunk=batch * length)
-chosen = dict(temperature=0.8, top_p=0.9, seed=1) if "sampling" in sys.argv else dict(temperature=0)
-
-def generate(ids, n, step):
-    for row in ids.tolist():
-        engine.add(row, SamplingParams(max_new_tokens=n, **chosen))
-    while engine.step():
-        step()
-
-result = measure(generate)
-stats = engine.stats
-result["overhead"] = 1 - stats.forward_seconds / stats.step_seconds
-print(json.dumps(result))
-"""
-TRANSFORMERS = """
-import torch
-from transformers import LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
-torch.set_num_threads(threads)
-model = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
-model.generation_config.eos_token_id = None
-model.generation_config.pad_token_id = 0
-
-class Step(StoppingCriteria):
-    def __init__(self, step):
-        self.step = step
-
-    def __call__(self, ids, scores, **_):
-        self.step()
-        return torch.zeros(len(ids), dtype=torch.bool)
-
-def generate(ids, n, step):
-    ids = torch.from_numpy(np.ascontiguousarray(ids))
-    criteria = StoppingCriteriaList([Step(step)])
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
-                   stopping_criteria=criteria)
-
-print(json.dumps(measure(generate)))
-"""
-PADDLENLP = """
-import paddle
-from paddlenlp.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
-from paddlenlp.transformers import LlamaForCausalLM
-paddle.base.core.set_num_threads(threads)
-model = LlamaForCausalLM.from_pretrained(folder, dtype="float32", low_cpu_mem_usage=True)
-model.eval()
-
-class Step(StoppingCriteria):
-    def __init__(self, step):
-        self.step = step
-
-    def __call__(self, input_ids, logits, **_):
-        self.step()
-        return False
-
-def generate(ids, n, step):
-    ids = paddle.to_tensor(np.ascontiguousarray(ids))
-    # an end token that is never drawn: the vocabulary has no such id, and all rows run to the end
-    model.generate(ids, attention_mask=paddle.ones_like(ids), max_new_tokens=n, decode_strategy="greedy_search",
-                   eos_token_id=-1, pad_token_id=0, stopping_criteria=StoppingCriteriaList([Step(step)]))
-
-with paddle.no_grad():
-    print(json.dumps(measure(generate)))
-"""
+WARM_UP = 8  # tokens
 
 
-def run_side(code: str, folder: Path, *arguments: object) -> dict:
-    environment = {**os.environ, "MKL_DEBUG_CPU_TYPE": "5", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": arguments[3]}
-    command = [sys.executable, "-c", COMMON + code, str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"A side failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Ours:
+    """The engine, which reads a prompt in one pass here. settings: sampling=True draws with temperature and top_p."""
+
+    def __init__(self, folder: str, *, threads: int, dtype: str, sampling: bool = False):
+        from aquila_pd.generation import SamplingParams
+        from aquila_pd.modeling import AquilaForCausalLM
+
+        self.device = paddle_device(threads)
+        self.model = AquilaForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model.eval()
+        self.model.fuse_projections()
+        chosen = dict(temperature=0.8, top_p=0.9, seed=1) if sampling else dict(temperature=0)
+        self.params = lambda new: SamplingParams(max_new_tokens=new, **chosen)
+        self.engines, self.draws = {}, sampling
+
+    def prefill(self, ids: np.ndarray) -> list[int]:
+        return [row[0] for row in self.generate(ids, 1, lambda: None)]
+
+    def generate(self, ids: np.ndarray, new: int, step: Callable[[], None]) -> list[list[int]]:
+        engine = self._engine(*ids.shape)
+        made = [engine.add(row, self.params(new))[0] for row in ids.tolist()]
+        while engine.step():
+            step()
+        return [sequence.tokens for sequence in made]
+
+    def overhead(self) -> float:
+        """The share of the engine's time outside the model, over all that was generated."""
+        stats = [engine.stats for engine in self.engines.values()]
+        return 1 - sum(s.forward_seconds for s in stats) / sum(s.step_seconds for s in stats)
+
+    def _engine(self, batch: int, length: int):
+        """One for each size of request: its buffers stay as large as the longest prompt it has seen."""
+        from aquila_pd.generation import Engine
+
+        if (batch, length) not in self.engines:
+            chunk = batch * length
+            self.engines[batch, length] = Engine(self.model, slots=batch, prefix_reuse=False, prefill_chunk=chunk)
+        return self.engines[batch, length]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="0.4b", choices=SHAPES)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
-    parser.add_argument("--new", type=int, default=33, help="tokens generated after it")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--sampling", action="store_true", help="measure the engine with temperature and top_p too")
-    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as work:
-        folders = make_folders(Path(work), args.shape)
-        print(f"{args.shape}, float32, prompts of {args.prompt}, {args.new} new tokens, {args.threads} threads")
-        print(machine(), flush=True)
-        sides = {
-            "aquila_pd": (OURS, folders["ours"], []),
-            "transformers": (TRANSFORMERS, folders["torch"], []),
-            "PaddleNLP": (PADDLENLP, folders["llama"], []),
-        }
-        if args.sampling:
-            sides["aquila_pd, sampling"] = (OURS, folders["ours"], ["sampling"])
-        figures = {}
-        for batch in args.batch:
-            sizes = list(map(str, (batch, args.prompt, args.new, args.threads)))
-            rounds = []
-            for turn in range(args.rounds):
-                rounds.append({name: run_side(code, f, *sizes, *more) for name, (code, f, more) in sides.items()})
-                print(f"  batch {batch}, round {turn + 1}", file=sys.stderr, flush=True)
-            figures[batch] = rounds
-        print_tables(figures)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), **vars(args), "figures": figures}, default=str) + "\n")
+class Transformers:
+    """transformers' LLaMA. settings: last=True computes logits of the last position only, as its generate() does."""
+
+    def __init__(self, folder: str, *, threads: int, dtype: str, last: bool = False):
+        import torch
+        from transformers import LlamaForCausalLM
+
+        self.torch, self.device = torch, torch_device(threads)
+        self.model = LlamaForCausalLM.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).eval()
+        self.model.to(self.device.name)
+        self.model.generation_config.eos_token_id = None
+        self.model.generation_config.pad_token_id = 0
+        self.kept = {"logits_to_keep": 1} if last else {}
+
+    def _tensor(self, ids: np.ndarray):
+        return self.torch.from_numpy(np.ascontiguousarray(ids)).to(self.model.device)
+
+    def prefill(self, ids: np.ndarray) -> list[int]:
+        with self.torch.no_grad():
+            logits = self.model(self._tensor(ids), use_cache=True, **self.kept).logits  # [B, T or 1, V]
+            return logits[:, -1].argmax(-1).tolist()
+
+    def generate(self, ids: np.ndarray, new: int, step: Callable[[], None]) -> list[list[int]]:
+        from transformers import StoppingCriteriaList
+
+        def after_step(ids, scores, **_):
+            step()
+            return self.torch.zeros(len(ids), dtype=self.torch.bool, device=ids.device)
+
+        given = self._tensor(ids)
+        found = self.model.generate(
+            given,
+            attention_mask=self.torch.ones_like(given),
+            max_new_tokens=new,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([after_step]),
+        )
+        return found[:, ids.shape[1] :].tolist()
 
 
-def make_folders(work: Path, shape: str) -> dict[str, Path]:
-    folders = {"torch": random_folder(work / "torch", shape, "float32"), "ours": work / "ours", "llama": work / "llama"}
-    convert = [sys.executable, str(ROOT / "convert" / "torch2paddle.py"), "--input", str(folders["torch"])]
-    run([*convert, "--output", str(folders["ours"]), "--verify", "none"])
-    renaming = multiprocessing.get_context("spawn").Process(
-        target=as_paddlenlp_llama, args=(folders["ours"], folders["llama"])
-    )
-    renaming.start()
-    renaming.join()
-    return folders
+class PaddleNLP:
+    """PaddleNLP's LLaMA, with the same choice of MKL's kernels as ours."""
+
+    def __init__(self, folder: str, *, threads: int, dtype: str):
+        import paddle
+        from paddlenlp.transformers import LlamaForCausalLM
+
+        self.paddle, self.device = paddle, paddle_device(threads)
+        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=True)
+        self.model.eval()
+
+    def prefill(self, ids: np.ndarray) -> list[int]:
+        with self.paddle.no_grad():
+            given = self.paddle.to_tensor(np.ascontiguousarray(ids))
+            mask = self.paddle.ones_like(given)
+            logits = self.model(given, attention_mask=mask, use_cache=True, return_dict=True).logits  # [B, T, V]
+            return logits[:, -1].argmax(-1).tolist()
+
+    def generate(self, ids: np.ndarray, new: int, step: Callable[[], None]) -> list[list[int]]:
+        from paddlenlp.generation.stopping_criteria import StoppingCriteriaList
+
+        def after_step(input_ids, logits, **_):
+            step()
+            return False
+
+        given = self.paddle.to_tensor(np.ascontiguousarray(ids))
+        with self.paddle.no_grad():
+            found, _ = self.model.generate(
+                given,
+                attention_mask=self.paddle.ones_like(given),
+                max_new_tokens=new,
+                decode_strategy="greedy_search",
+                eos_token_id=-1,  # never drawn, so that all rows run to the end
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([after_step]),
+            )
+        return found.tolist()
 
 
-def print_tables(figures: dict[int, list[dict]]) -> None:
-    names = list(next(iter(figures.values()))[0])
-    for what in ("prefill", "decode"):
-        print(f"\n{what}, tokens/s as a ratio to transformers at the same batch, median (min to max)\n")
-        print(f"| batch | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
-        for batch, rounds in figures.items():
-            ratios = {n: [r[n][what] / r["transformers"][what] for r in rounds] for n in names}
-            print(f"| {batch} | {' | '.join(spread(ratios[n]) for n in names)} |")
-    smallest = min(figures)
-    print(f"\ndecode, tokens/s as a ratio to batch {smallest} of the same side and round\n")
-    print(f"| batch | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
-    for batch, rounds in figures.items():
-        pairs = zip(rounds, figures[smallest], strict=True)
-        grown = [{n: a[n]["decode"] / b[n]["decode"] for n in names} for a, b in pairs]
-        print(f"| {batch} | {' | '.join(spread([g[n] for g in grown]) for n in names)} |")
-    for name in (n for n in names if n.startswith("aquila_pd")):
-        shares = {batch: spread([100 * r[name]["overhead"] for r in rounds]) for batch, rounds in figures.items()}
-        print(f"\n{name}: time of a step outside the model, percent, by batch: {shares}")
+class Limit:
+    """What no decoder can be faster than: the bytes of the weights it has to read, over the memory's bandwidth.
+
+    The bandwidth is that of a plain copy (bytes read and written) or a plain read of 1 GB by as many threads,
+    whichever is higher; on a GPU a copy on the device.
+    """
+
+    SIZE = 1 << 30
+
+    def __init__(self, shape: str, *, threads: int, dtype: str):
+        self.device = paddle_device(threads)
+        self.bytes = bytes_per_token(shape, dtype)
+        if self.device.name == "gpu":
+            import paddle
+
+            self.source = paddle.ones([self.SIZE // 4])
+            return
+        self.threads = ThreadPoolExecutor(threads)
+        source = np.ones(self.SIZE // 8, dtype=np.uint64)
+        self.halves = list(zip(np.array_split(source, threads), np.array_split(source.copy(), threads), strict=True))
+
+    def bandwidth(self) -> float:
+        """Bytes a second, the best of a few tries."""
+        if self.device.name == "gpu":
+            marks = [self.device.mark()]
+            for _ in range(5):
+                self.source.clone()
+                marks.append(self.device.mark())
+            return 2 * self.SIZE / min(self.device.seconds(marks))
+        copied = self._best(lambda pair: np.copyto(pair[1], pair[0]))
+        read = self._best(lambda pair: np.bitwise_or.reduce(pair[0]))
+        return max(2 * self.SIZE / copied, self.SIZE / read)
+
+    def _best(self, work: Callable) -> float:
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            list(self.threads.map(work, self.halves))
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    def decode(self) -> dict:
+        """Seconds in which the weights of one token can be read."""
+        found = self.bandwidth()
+        return {"seconds": self.bytes / found, "bandwidth": found}
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+# ------------------------------------------------------------------------------------------------ what is measured
 
 
-if __name__ == "__main__":
-    main()
+def prompts(batch: int, length: int) -> np.ndarray:
+    """The same random ids for every side, int64 [B, T]; of the first ids, which every vocabulary has."""
+    return np.random.default_rng(0).integers(3, 500, (batch, length))
+
+
+def prefill(side, *, length: int, batch: int = 1) -> dict:
+    """Time until the token after the prompt is known; most memory in use meanwhile, MB."""
+    ids, device = prompts(batch, length), side.device
+    device.reset_peak()
+    cpu, begin = time.process_time(), device.mark()
+    tokens = side.prefill(ids)
+    (seconds,) = device.seconds([begin, device.mark()])
+    spent = time.process_time() - cpu
+    return {"seconds": seconds, "cpu": spent, "peak_mb": device.peak() / 1e6, "tokens": [[t] for t in tokens]}
+
+
+def decode(side, *, length: int, new: int, batch: int = 1) -> dict:
+    """Median time of a token after the first (machines are noisy), for all rows together; processor time likewise."""
+    if isinstance(side, Limit):
+        return side.decode()
+    ids, device = prompts(batch, length), side.device
+    marks, spent = [], []
+
+    def step() -> None:
+        marks.append(device.mark())
+        spent.append(time.process_time())
+
+    device.reset_peak()
+    tokens = side.generate(ids, new, step)
+    seconds = float(np.median(device.seconds(marks)))
+    found = {"seconds": seconds, "cpu": float(np.mean(np.diff(spent))), "peak_mb": device.peak() / 1e6}
+    found["rate"] = batch / seconds  # tokens/s
+    if not getattr(side, "draws", False):
+        found["tokens"] = [row[:4] for row in tokens]  # later ones may part where two logits are nearly equal
+    return found | ({"overhead": side.overhead()} if isinstance(side, Ours) else {})
+
+
+def memory(side, *, length: int) -> dict:
+    """Memory in MB that reading a prompt takes beyond the loaded model; wants a fresh process."""
+    side.prefill(prompts(1, WARM_UP))
+    held = side.device.held()
+    found = prefill(side, length=length)
+    return found | {"extra_mb": found["peak_mb"] - held / 1e6}
+
+
+SIDES = {"aquila_pd": Ours, "transformers": Transformers, "PaddleNLP": PaddleNLP, "limit": Limit}
+MEASURES = {"prefill": prefill, "decode": decode, "memory": memory}

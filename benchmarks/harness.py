@@ -14,7 +14,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "torch", "transformers", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,28 @@ def machine() -> str:
     name = names[0] if names else platform.processor()
     load = os.getloadavg()[0]
     return f"{os.cpu_count()} x {name}, {memory:.0f} GiB, Python {platform.python_version()}, load average {load:.1f}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what is compared; aquila_pd's with its commit, and "+" where files have changed since."""
+    found = {}
+    for name in ("aquila_pd", *PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # the report shows what is there
+            continue
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = "+" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    return {**found, "aquila_pd": f"{found.get('aquila_pd', 'not installed')} ({commit or 'no commit'}{changed})"}
+
+
+def _git(*arguments: str) -> str:
+    """What git says about the project; "" where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _lines(path: str) -> list[str]:
