@@ -184,7 +184,7 @@ def device_facts() -> dict[str, str]:
 
 def processor_facts() -> dict[str, str]:
     """The system, and what was decided about MKL's kernels."""
-    decision = processor.prefer_avx2_kernels()
+    decision = processor.prefer_fast_kernels()
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "matrix kernels": f"{decision.action}. {decision.reason}",

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VARIABLE = "MKL_DEBUG_CPU_TYPE"
-AVX2 = "5"  # the AVX2 code path, in the numbering of the MKL that Paddle bundles
+# Code paths in the numbering of the MKL that Paddle bundles. What each was compiled for: the best one that a processor
+# can run is taken. AVX-512 against AVX2 on a Zen 4: a product of 1 to 16 rows takes 0.65 to 0.85 of the time, of 512
+# rows 0.95 (benchmarks/RESULTS.md).
+AVX512, AVX2 = "7", "5"
+NEEDS = {AVX512: {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}, AVX2: {"avx2", "fma"}}
 FIRST_BLOCK = 16_384  # bytes of /proc/cpuinfo: the first processor takes 2 to 4 thousand, a hundred more follow it
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -21,10 +25,11 @@ log = logging.getLogger("aquila_pd")
 
 @dataclass(frozen=True)
 class Decision:
-    """What was done about the matrix kernels. action: "set" or "left alone"; reason: one sentence."""
+    """What was done about the matrix kernels. action: "set" (to value) or "left alone"; reason: one sentence."""
 
     action: str
     reason: str
+    value: str | None = None
 
 
 _last: Decision | None = None
@@ -41,10 +46,10 @@ def first_block(path: Path = CPUINFO) -> str:
 
 
 def decide(cpuinfo: str, *, machine: str, chosen: str | None, paddle_loaded: bool) -> Decision:
-    """Whether MKL must be told to take its AVX2 path.
+    """Whether MKL must be told which path to take, and which.
 
     MKL chooses by vendor string first: whatever does not call itself GenuineIntel gets the oldest kernels. So the
-    question is the instruction set (avx2 and fma), asked only of processors that MKL will not ask itself.
+    question is the instruction set, asked only of processors that MKL will not ask itself.
     cpuinfo: text of one block of /proc/cpuinfo; machine: platform.machine(); chosen: the variable as the user left it.
     """
     if chosen is not None:
@@ -57,12 +62,19 @@ def decide(cpuinfo: str, *, machine: str, chosen: str | None, paddle_loaded: boo
         return Decision("left alone", "This system has no /proc/cpuinfo to ask for the processor's instruction sets.")
     if vendor == "GenuineIntel":
         return Decision("left alone", "MKL recognises GenuineIntel processors and picks its kernels itself.")
-    if not {"avx2", "fma"} <= flags:
+    path = best_path(flags)
+    if path is None:
         return Decision("left alone", f"The processor ({vendor}) has no AVX2 with FMA.")
     if paddle_loaded:
-        advice = f"set {VARIABLE}={AVX2} in the environment, or import aquila_pd before paddle, for faster matrices"
+        advice = f"set {VARIABLE}={path} in the environment, or import aquila_pd before paddle, for faster matrices"
         return Decision("left alone", f"Paddle was loaded first and MKL has chosen its kernels: {advice}.")
-    return Decision("set", f"{VARIABLE}={AVX2}: the processor ({vendor}) has AVX2 and FMA, which MKL would not use.")
+    name = "AVX-512" if path == AVX512 else "AVX2 and FMA"
+    return Decision("set", f"{VARIABLE}={path}: the processor ({vendor}) has {name}, which MKL would not use.", path)
+
+
+def best_path(flags: set[str]) -> str | None:
+    """The fastest of MKL's paths that a processor with these instruction sets can run, or None for none of ours."""
+    return next((path for path, needed in NEEDS.items() if needed <= flags), None)
 
 
 def _field(line: str) -> tuple[str, str]:
@@ -70,8 +82,8 @@ def _field(line: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def prefer_avx2_kernels(environ: MutableMapping[str, str] = os.environ) -> Decision:
-    """Tell MKL to use AVX2 on a processor that has it and is not asked; must run before Paddle is loaded.
+def prefer_fast_kernels(environ: MutableMapping[str, str] = os.environ) -> Decision:
+    """Tell MKL to use AVX-512 or AVX2 on a processor that has it and is not asked; must run before Paddle is loaded.
 
     Sets MKL_DEBUG_CPU_TYPE in environ at most once, logs the decision at info level, and never raises.
     A second call changes nothing and returns the first decision.
@@ -84,12 +96,12 @@ def prefer_avx2_kernels(environ: MutableMapping[str, str] = os.environ) -> Decis
             chosen=environ.get(VARIABLE),
             paddle_loaded="paddle" in sys.modules,
         )
-        if _last.action == "set":
-            environ[VARIABLE] = AVX2
+        if _last.value is not None:
+            environ[VARIABLE] = _last.value
         log.info("Matrix kernels %s. %s", _last.action, _last.reason)
     return _last
 
 
 def last_decision() -> Decision | None:
-    """The decision prefer_avx2_kernels took in this process, or None when it has not run."""
+    """The decision prefer_fast_kernels took in this process, or None when it has not run."""
     return _last

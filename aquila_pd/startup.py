@@ -6,7 +6,7 @@ The package imports it first, and so does modeling.py, for a converted folder th
 import logging
 import warnings
 
-from .processor import prefer_avx2_kernels
+from .processor import prefer_fast_kernels
 from .registration import register_when_needed
 
 
@@ -17,7 +17,7 @@ def _leave_out_known_noise() -> None:
     logging.getLogger("datasets").setLevel(logging.WARNING)  # "PyTorch version ... available."
 
 
-prefer_avx2_kernels()
+prefer_fast_kernels()
 _leave_out_known_noise()
 register_when_needed()
 READY = True

@@ -58,9 +58,9 @@ for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
 
-from aquila_pd.processor import prefer_avx2_kernels  # noqa: E402  the environment above comes first
+from aquila_pd.processor import prefer_fast_kernels  # noqa: E402  the environment above comes first
 
-prefer_avx2_kernels()
+prefer_fast_kernels()
 
 
 # Training is tested as a whole, in files of which hardly one takes seconds; these two do.

@@ -18,6 +18,7 @@ from aquila_pd.processor import decide
 ROOT = Path(__file__).resolve().parents[1]
 AMD = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: X: 2\nflags\t\t: fpu avx avx2 fma bmi2\nbugs\t\t:\n"
 OLD_AMD = AMD.replace(" avx2", "")
+ZEN4 = AMD.replace(" avx2", " avx2 avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx512_bf16")
 INTEL = AMD.replace("AuthenticAMD", "GenuineIntel")
 HYGON = AMD.replace("AuthenticAMD", "HygonGenuine")
 ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd evtstrm\nCPU implementer\t: 0x41\n"
@@ -32,7 +33,13 @@ def on(cpuinfo: str, *, machine: str = "x86_64", chosen: str | None = None, padd
 
 @pytest.mark.parametrize("cpuinfo", [AMD, HYGON])
 def test_avx2_kernels_are_chosen_where_mkl_would_not_look(cpuinfo):
-    assert on(cpuinfo).action == "set"
+    assert (on(cpuinfo).action, on(cpuinfo).value) == ("set", "5")
+
+
+def test_avx512_kernels_are_chosen_where_all_of_their_instructions_are_there():
+    assert on(ZEN4).value == "7" and "AVX-512" in on(ZEN4).reason
+    for one in ("avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"):  # without it MKL's path is no valid program
+        assert on(ZEN4.replace(f" {one} ", " ")).value == "5", one
 
 
 @pytest.mark.parametrize(
@@ -69,9 +76,9 @@ def test_the_variable_is_set_once_and_said_once(monkeypatch, tmp_path, caplog):
     fresh(monkeypatch, tmp_path, AMD)
     caplog.set_level("INFO", logger="aquila_pd")
     environ: dict[str, str] = {}
-    first = processor.prefer_avx2_kernels(environ)
+    first = processor.prefer_fast_kernels(environ)
     environ_after_first = dict(environ)
-    second = processor.prefer_avx2_kernels(environ)
+    second = processor.prefer_fast_kernels(environ)
     assert environ == environ_after_first == {"MKL_DEBUG_CPU_TYPE": "5"}
     assert first is second is processor.last_decision()
     assert len(caplog.records) == 1
@@ -81,14 +88,14 @@ def test_the_variable_is_set_once_and_said_once(monkeypatch, tmp_path, caplog):
 def test_the_users_own_value_stays(monkeypatch, tmp_path):
     fresh(monkeypatch, tmp_path, AMD)
     environ = {"MKL_DEBUG_CPU_TYPE": "4"}
-    assert processor.prefer_avx2_kernels(environ).action == "left alone"
+    assert processor.prefer_fast_kernels(environ).action == "left alone"
     assert environ == {"MKL_DEBUG_CPU_TYPE": "4"}
 
 
 def test_nothing_is_set_when_paddle_is_already_loaded(monkeypatch, tmp_path):
     fresh(monkeypatch, tmp_path, AMD, paddle_loaded=True)
     environ: dict[str, str] = {}
-    assert "import aquila_pd before paddle" in processor.prefer_avx2_kernels(environ).reason
+    assert "import aquila_pd before paddle" in processor.prefer_fast_kernels(environ).reason
     assert environ == {}
 
 
