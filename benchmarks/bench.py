@@ -177,9 +177,9 @@ def in_turn(sides: tuple[Side, ...], turn: int) -> tuple[Side, ...]:
 
 def mkl_setting() -> str:
     """The choice of MKL's kernels that all sides get: what aquila_pd chooses, or the user's own."""
-    from aquila_pd.processor import VARIABLE, prefer_avx2_kernels
+    from aquila_pd.processor import VARIABLE, prefer_fast_kernels
 
-    prefer_avx2_kernels()
+    prefer_fast_kernels()
     return os.environ.get(VARIABLE, "")
 
 
@@ -254,9 +254,12 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    args = arguments().parse_args()
+    parser = arguments()
+    args = parser.parse_args()
+    if args.rounds < 1 or args.threads < 1:
+        parser.error("--rounds and --threads are whole numbers from 1")
     if args.list:
-        print("\n".join(f"{part.name:<14}{part.about}" for part in PARTS))
+        print("\n".join(f"{part.name:<18}{part.about}" for part in PARTS))
         return 0
     results = Results(setting_of(args), args.json)
     print("\n".join(describe(results.setting)), flush=True)
