@@ -32,6 +32,7 @@ from .tokenizer_folder import build_bpe, build_sentencepiece, is_byte_level, loa
 from .tokenizer_gguf import from_gguf
 from .tokenizer_pieces import PieceEncoder
 from .tokenizer_save import write_files
+from .tokenizer_tiktoken import FastIds
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 READ_HERE = ("added_tokens_file", "special_tokens_map_file")  # and not by PaddleNLP
@@ -113,6 +114,7 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
         self.added_tokens_decoder = dict(sorted(self.backend.get_added_tokens_decoder().items()))
         self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
         self._pieces = PieceEncoder(self.backend)
+        self.fast_ids = FastIds(self.backend)
         # A byte-level decoder takes letters such as é in an added token for bytes; these are decoded one by one.
         letters = self.added_tokens_decoder if is_byte_level(self.backend) else ()
         decoded = {i: self.backend.decode([i], skip_special_tokens=False) for i in letters}
@@ -311,13 +313,13 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
 
     def _encode_texts(self, texts: list[str], options: dict) -> BatchEncoding:
         """Plain texts -> BatchEncoding of lists, or of [texts, width] int64 tensors when return_tensors is set."""
-        rows = [encoding.ids for encoding in self._encodings(texts, ids_only=True)]
+        rows = self._ids_of(texts)
         max_length = options.get("max_length")
         around = self.num_special_tokens_to_add() if options.get("add_special_tokens", True) else 0
         if max_length and options.get("truncation_strategy") in CUTS_SINGLE_TEXTS:
             rows = self._truncate(rows, max(max_length - around, 0))
         if around:
-            rows = [self.build_inputs_with_special_tokens(row) for row in rows]
+            rows = [self.build_inputs_with_special_tokens(row) for row in as_lists(rows)]
         longest = max(rows, key=len, default=[])
         self._eventual_warn_about_too_long_sequence(longest, max_length, options.get("verbose", True))
 
@@ -337,12 +339,18 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
             data["length"], data["seq_len"] = lengths, list(lengths)
         return BatchEncoding(data, tensor_type=tensors)
 
-    def _truncate(self, rows: list[list[int]], limit: int) -> list[list[int]]:
+    def _ids_of(self, texts: list[str]) -> list[list[int]] | list[np.ndarray]:
+        """The ids of each text, without those around it: int64 arrays where tiktoken made them, else lists."""
+        rows = None if self.split_special_tokens else self.fast_ids.rows(texts)
+        return [encoding.ids for encoding in self._encodings(texts, ids_only=True)] if rows is None else rows
+
+    def _truncate(self, rows: list, limit: int) -> list:
         if self.truncation_side == "left":
             return [row[max(len(row) - limit, 0) :] for row in rows]
         return [row[:limit] for row in rows]
 
-    def _to_lists(self, rows: list[list[int]], width: int, side: str) -> dict[str, list[list[int]]]:
+    def _to_lists(self, rows: list, width: int, side: str) -> dict[str, list[list[int]]]:
+        rows = as_lists(rows)
         pads = [max(width - len(row), 0) for row in rows]
         pad = self.pad_token_id if any(pads) else 0
 
@@ -354,13 +362,16 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
             "attention_mask": [join([0] * n, [1] * len(row)) for n, row in zip(pads, rows, strict=True)],
         }
 
-    def _to_arrays(self, rows: list[list[int]], lengths: list[int], width: int, side: str) -> dict[str, np.ndarray]:
+    def _to_arrays(self, rows: list, lengths: list[int], width: int, side: str) -> dict[str, np.ndarray]:
         """Rows of different lengths -> ids and mask, both int64 [rows, width]."""
         count = np.array(lengths, dtype=np.int64)[:, None]  # [B, 1]
         place = np.arange(width)
         keep = place >= width - count if side == "left" else place < count  # [B, width]
         ids = np.full(keep.shape, 0 if keep.all() else self.pad_token_id, dtype=np.int64)
-        ids[keep] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64, count=sum(lengths))
+        if rows and isinstance(rows[0], np.ndarray):
+            ids[keep] = np.concatenate(rows)
+        else:
+            ids[keep] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64, count=sum(lengths))
         return {"input_ids": ids, "attention_mask": keep.astype(np.int64)}
 
     # --------------------------------------------------------------------------------------------------- decoding
@@ -443,7 +454,12 @@ def open_backend(
     )
 
 
-def padded_width(rows: list[list[int]], max_length: int | None, options: dict) -> int | None:
+def as_lists(rows: list) -> list[list[int]]:
+    """Rows that may be arrays, as lists of Python's int."""
+    return [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
+
+
+def padded_width(rows: list, max_length: int | None, options: dict) -> int | None:
     """The length every row is padded to, or None when nothing is padded."""
     strategy = options.get("padding_strategy", PaddingStrategy.DO_NOT_PAD)
     if strategy == PaddingStrategy.DO_NOT_PAD:

@@ -87,6 +87,12 @@ PINS = (
         "token ids are compared with this one; paddlenlp and transformers 4.55 allow 0.21 only",
         breaks=(("<0.21", "paddlenlp asks for at least 0.21"), (">=0.22", "paddlenlp asks for less than 0.22")),
     ),
+    Pin(
+        "tiktoken",
+        "==0.14.0",
+        "0.14.0",
+        "encodes large batches; its splitting was compared with tokenizers' by character",
+    ),
     Pin("safetensors", ">=0.8", "0.8.0", "reads and writes checkpoints"),
     Pin("ml_dtypes", ">=0.5.4", "0.5.4", "bfloat16 for numpy"),
     Pin("tqdm", ">=4.67", "4.70.1", "progress bars"),

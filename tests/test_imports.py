@@ -18,8 +18,9 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
     {"errors", "processor", "registration", "chat_templates"},
     {"startup"},
     {"versions", "weight_map", "config_checks"},
-    {"families", "files", "gguf_file", "sentencepiece_merges", "sentencepiece_files", "shards"},
+    {"families", "files", "gguf_file", "sentencepiece_merges", "sentencepiece_files", "shards", "reading"},
     {"tokenizer_config", "tokenizer_folder", "tokenizer_gguf", "tokenizer_save", "tokenizer_files", "tokenizer_pieces"},
+    {"tokenizer_tiktoken"},
     {"checkpoint"},
 )
 MODEL = (
