@@ -62,7 +62,7 @@ demo: $(DEMO)
 	@$(BIN)/python examples/demo.py
 
 # docs/BENCHMARKS.md. One part: make bench BENCH_ARGS="--only decode --rounds 3". The tokenizer's part wants a folder with
-# vocab.json and merges.txt, and is left out without one: make bench VOCAB=FOLDER
+# vocab.json and merges.txt, and fails alone without one: make bench VOCAB=FOLDER
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/bench.py --vocab $(VOCAB) $(BENCH_ARGS)
 

@@ -158,11 +158,10 @@ class Runner:
             command = [sys.executable, str(Path(__file__).with_name(script.script)), *arguments]
             try:
                 run([*command, "--rounds", str(script.rounds or self.rounds), "--json", str(path)], self.environment)
-                content = json.loads(path.read_text())
-            except (SystemExit, OSError, ValueError) as error:
+            except SystemExit as error:
                 self.results.fail(script.name, script.script, error)
-                return
-        for case, sides in script.read(content).items():
+            content = json.loads(path.read_text()) if path.is_file() else None
+        for case, sides in (script.read(content) if content else {}).items():
             for side, rounds in sides.items():
                 for figures in rounds:
                     self.results.add(case, side, figures)
@@ -213,6 +212,8 @@ def report(results: Results) -> None:
     content = results.content()
     bases = {case.name: part.base for part in PARTS if isinstance(part, Part) for case in part.cases}
     for case, sides in results.measured.items():
+        if not any(found and "seconds" in found for rounds in sides.values() for found in rounds):
+            continue
         base = bases.get(case, next(iter(sides)))
         print(f"\n{case_table(case, sides, base if any(sides.get(base, [])) else next(iter(sides)))}")
     if content["ratios"]:

@@ -75,6 +75,13 @@ def loads(content: dict) -> Measured:
     return found
 
 
+def tokenizing(content: dict) -> Measured:
+    """What tokenizer.py writes: ratios of speed to transformers' tokenizer, of which it keeps three for all rounds."""
+    kept = ("min", "median", "max")
+    speeds = {name: [{"speed": row["ratio"][k]} for k in kept] for name, row in content["results"].items()}
+    return {"tokenizer": speeds}
+
+
 GENERATION = {
     OURS: Side(OURS, "aquila_pd", "ours"),
     TORCH: Side(TORCH, "transformers", "torch"),
@@ -178,6 +185,7 @@ PARTS: tuple[Part | Script, ...] = (
         loads,
         rounds=3,  # PaddleNLP's own way takes most of a minute
     ),
+    Script("tokenizer", "batches of texts to ids", "tokenizer.py", ("--vocab", "{vocab}"), tokenizing, rounds=15),
 )
 
 
@@ -252,6 +260,16 @@ RATIOS: tuple[Ratio, ...] = (
         )
     ),
     *(against(f"load {files}, cold / transformers", f"load {files}, cold", TORCH) for files in ("float32", "bfloat16")),
+    *(
+        Ratio(
+            f"tokenizer, {kind} / transformers, speed",
+            Of("tokenizer", f"AquilaTokenizer, {kind}", "speed"),
+            None,
+            1.0,
+            HIGH,
+        )
+        for kind in ("ids", "padded arrays")
+    ),
 )
 
 

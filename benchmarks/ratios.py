@@ -135,7 +135,8 @@ def case_table(case: str, sides: dict[str, list[dict | None]], base: str) -> str
     for side, rounds in sides.items():
         ratios = [Ratio("", Of(case, side, figure), Of(case, base, figure)) for figure in ("seconds", "cpu")]
         wall, cpu = (ratio.values({case: sides}) for ratio in ratios)
-        row = [side, str(spread(wall)) if wall else "failed", str(spread(cpu)) if cpu else ""]
+        none = "" if any(rounds) else "failed"
+        row = [side, str(spread(wall)) if wall else none, str(spread(cpu)) if cpu else ""]
         for figure in ("peak_mb", "extra_mb"):
             values = [found[figure] for found in rounds if found and figure in found]
             row.append(f"{statistics.median(values):.0f}" if values else "")

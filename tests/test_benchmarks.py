@@ -11,12 +11,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # l
 
 import bench
 from chart import draw_ratios
-from parts import LAST, NLP, OURS, PARTS, RATIOS, SMOKE, TORCH, Case, Part, loads, sides
+from parts import LAST, NLP, OURS, PARTS, RATIOS, SMOKE, TORCH, Case, Part, loads, sides, tokenizing
 from ratios import HIGH, LOW, MET, MET_MEDIAN, MISSED, MISSED_MEDIAN, Of, Ratio, bars_table, spread, summary, verdict
 from smoke import compared
 from workers import SideFailed
 
-SCRIPTED = ("load ",)  # cases that come out of benchmarks with commands of their own
+SCRIPTED = ("load ", "tokenizer")  # cases that come out of benchmarks with commands of their own
 SECONDS = Ratio("ours / theirs", Of("case", "ours"), Of("case", "theirs"), 0.6)
 
 
@@ -87,6 +87,13 @@ def test_what_load_py_writes_becomes_figures_of_rounds():
     assert [one["seconds"] for one in found[case][OURS]] == [3.0, 4.0]
     (memory,) = (ratio for ratio in RATIOS if ratio.name == f"{case}, memory / weights")
     assert memory.values(found) == [1.25, 1.25]
+
+
+def test_what_tokenizer_py_writes_becomes_ratios():
+    row = {"MB/s": {}, "ratio": {"min": 0.9, "median": 1.2, "max": 3.0}}
+    found = summary(RATIOS, tokenizing({"results": {"AquilaTokenizer, ids": row, "GPT2TokenizerFast, ids": row}}))
+    (ids,) = found.values()
+    assert (ids["median"], ids["min"], ids["max"], ids["verdict"]) == (1.2, 0.9, 3.0, MET_MEDIAN)
 
 
 # ------------------------------------------------------------------------------------------------ smoke
