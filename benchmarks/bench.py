@@ -158,8 +158,8 @@ class Runner:
             command = [sys.executable, str(Path(__file__).with_name(script.script)), *arguments]
             try:
                 run([*command, "--rounds", str(script.rounds or self.rounds), "--json", str(path)], self.environment)
-            except SystemExit as error:
-                self.results.fail(script.name, script.script, error)
+            except SystemExit as error:  # its output is in there; the last line says what it died of
+                self.results.fail(script.name, script.script, str(error).strip().splitlines()[-1])
             content = json.loads(path.read_text()) if path.is_file() else None
         for case, sides in (script.read(content) if content else {}).items():
             for side, rounds in sides.items():

@@ -76,10 +76,12 @@ def loads(content: dict) -> Measured:
 
 
 def tokenizing(content: dict) -> Measured:
-    """What tokenizer.py writes: ratios of speed to transformers' tokenizer, of which it keeps three for all rounds."""
+    """What tokenizer.py writes: ratios of speed to transformers' tokenizer, and seconds of what is done once; of all its
+    rounds it keeps three figures."""
     kept = ("min", "median", "max")
-    speeds = {name: [{"speed": row["ratio"][k]} for k in kept] for name, row in content["results"].items()}
-    return {"tokenizer": speeds}
+    found = {name: [{"speed": row["ratio"][k]} for k in kept] for name, row in content["results"].items()}
+    found |= {name: [{"once": row[k]} for k in kept] for name, row in content["once"].items()}
+    return {"tokenizer": found}
 
 
 GENERATION = {
@@ -268,8 +270,9 @@ RATIOS: tuple[Ratio, ...] = (
             1.0,
             HIGH,
         )
-        for kind in ("ids", "padded arrays")
+        for kind in ("ids", "padded arrays", "ids on one thread", "padded arrays on one thread")
     ),
+    Ratio("tokenizer, loading", Of("tokenizer", "loading AquilaTokenizer", "once"), None, 1.0, unit=" s"),
 )
 
 

@@ -141,4 +141,6 @@ def case_table(case: str, sides: dict[str, list[dict | None]], base: str) -> str
             values = [found[figure] for found in rounds if found and figure in found]
             row.append(f"{statistics.median(values):.0f}" if values else "")
         cells.append(row)
-    return table([case, f"time, ratio to {base}", "cpu, ratio", "peak MB", "of it for the prompt"], cells)
+    head = [case, f"time, ratio to {base}", "cpu, ratio", "peak MB", "of it for the prompt"]
+    used = [i for i in range(len(head)) if any(row[i] for row in cells)]
+    return table([head[i] for i in used], [[row[i] for i in used] for row in cells])

@@ -91,9 +91,13 @@ def test_what_load_py_writes_becomes_figures_of_rounds():
 
 def test_what_tokenizer_py_writes_becomes_ratios():
     row = {"MB/s": {}, "ratio": {"min": 0.9, "median": 1.2, "max": 3.0}}
-    found = summary(RATIOS, tokenizing({"results": {"AquilaTokenizer, ids": row, "GPT2TokenizerFast, ids": row}}))
-    (ids,) = found.values()
+    results = {"AquilaTokenizer, ids": row, "GPT2TokenizerFast, ids": row}
+    once = {"loading AquilaTokenizer": {"min": 0.8, "median": 0.9, "max": 0.9}, "building the twin": row["ratio"]}
+    found = summary(RATIOS, tokenizing({"results": results, "once": once}))
+    ids, loading = found.values()
     assert (ids["median"], ids["min"], ids["max"], ids["verdict"]) == (1.2, 0.9, 3.0, MET_MEDIAN)
+    assert (loading["median"], loading["verdict"]) == (0.9, MET)
+    assert "0.90 (0.80 to 0.90) s" in bars_table(found)
 
 
 # ------------------------------------------------------------------------------------------------ smoke
