@@ -76,8 +76,10 @@ def loads(content: dict) -> Measured:
 
 
 def tokenizing(content: dict) -> Measured:
-    """What tokenizer.py writes: ratios of speed to transformers' tokenizer, and seconds of what is done once; of all its
-    rounds it keeps three figures."""
+    """What tokenizer.py writes: ratios of speed to transformers' tokenizer, and seconds of what is done once.
+
+    It keeps three figures of all its rounds, which stand for rounds here.
+    """
     kept = ("min", "median", "max")
     found = {name: [{"speed": row["ratio"][k]} for k in kept] for name, row in content["results"].items()}
     found |= {name: [{"once": row[k]} for k in kept] for name, row in content["once"].items()}
