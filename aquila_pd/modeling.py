@@ -22,6 +22,7 @@ from paddlenlp.transformers.model_outputs import (
 
 from .cache import KVCache
 from .configuration import AquilaConfig
+from .cross_entropy import linear_cross_entropy
 from .errors import AquilaError, InstallationError
 from .fusion_ops import Ops, attention_with_weights, select
 from .masks import PackedMask, causal_mask, full_mask, hide_beyond, keep_mask, positions
@@ -277,7 +278,7 @@ def zero_or_nan(logits):
 
 
 class AquilaPretrainingCriterion(nn.Layer):
-    """Mean cross-entropy in fp32 over the labels that are not -100.
+    """Mean cross-entropy in fp32 over the labels that are not -100; the plain twin of AquilaForCausalLM's own loss.
 
     Labels follow PaddleNLP: already shifted, labels[t] is the target of position t. Without any valid label the
     loss is 0. (F.cross_entropy with reduction="mean" would divide by all positions, ignored ones too.)
@@ -311,6 +312,25 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         if self.config.tie_word_embeddings:
             return paddle.matmul(x, self.aquila.embed_tokens.weight, transpose_y=True).astype("float32")
         return self.lm_head(x).astype("float32")
+
+    def summed_loss(self, x, labels, logits=None, places=None):
+        """The sum of the losses of x [n, D] at labels int [n], through the head; see linear_cross_entropy."""
+        tied = self.config.tie_word_embeddings
+        weight = self.aquila.embed_tokens.weight if tied else self.lm_head.weight
+        return linear_cross_entropy(x, weight, labels, transposed=tied, logits=logits, places=places)
+
+    def _mean_loss(self, x, logits, labels):
+        """What the criterion gives, x [B, T, D]; but the gradients of the logits [B, T, V] are never there at once."""
+        flat = labels.reshape([-1])
+        learned = paddle.nonzero(flat != IGNORE).squeeze(1)  # [n]
+        # An adapter in the head, a loss of somebody's own, or products that autocast makes in half precision.
+        other = not self.config.tie_word_embeddings and type(self.lm_head) is not nn.Linear
+        other = other or type(self.criterion) is not AquilaPretrainingCriterion or paddle.is_autocast_enabled()
+        if other or learned.shape[0] == 0:
+            return self.criterion(logits, labels)
+        rows = paddle.gather(x.reshape([-1, x.shape[-1]]), learned)  # [n, D]
+        made = logits.detach().reshape([-1, logits.shape[-1]])
+        return self.summed_loss(rows, paddle.gather(flat, learned), made, learned) / learned.shape[0]
 
     def forward(
         self,
@@ -350,7 +370,7 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         )
         x = output.last_hidden_state  # [B, T, D]
         logits = self.logits(x[:, -logits_to_keep:] if logits_to_keep else x)
-        loss = None if labels is None else self.criterion(logits, labels)
+        loss = None if labels is None else self._mean_loss(x, logits, labels)
         if not return_dict:
             return (*(() if loss is None else (loss,)), logits, *_as_tuple(output)[1:])
         return CausalLMOutputWithCrossAttentions(

@@ -135,7 +135,7 @@ def trainer_of(
         of, folder, steps=steps.steps, seed=1, accumulation=of.accumulation(dist.get_world_size()), half=False
     )
     trainer = StageTrainer(
-        SummedLoss(model or tiny_model(of), neftune=of.neftune, spare_memory=of.recompute),
+        SummedLoss(model or tiny_model(of), neftune=of.neftune),
         settings,
         stage=of,
         steps=steps,

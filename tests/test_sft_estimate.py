@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aquila_pd.cross_entropy import BLOCK_BYTES
 from aquila_pd.errors import DataError
 from aquila_pd.sft.batches import Packs, Steps
 from aquila_pd.sft.data.packing import plan_epoch
@@ -16,7 +17,7 @@ from aquila_pd.sft.data.samples import Samples, SamplesWriter
 from aquila_pd.sft.data.settings import DataSpec, Source
 from aquila_pd.sft.dry_run import dry_run
 from aquila_pd.sft.estimate import GIB, Machine, Model, estimate, large, stage_info
-from aquila_pd.sft.estimate_memory import NF4_BYTES, Rows, activations, layer_values, logits, memory
+from aquila_pd.sft.estimate_memory import LOGITS_AT_ONCE, NF4_BYTES, Rows, activations, layer_values, logits, memory
 from aquila_pd.sft.estimate_rows import BYTES_PER_TOKEN, amount
 from aquila_pd.sft.flops import adapter_parameters, parameters, projections, trained_parameters, work
 from aquila_pd.sft.recipe import LoraSpec, Stage, load_recipe
@@ -103,12 +104,17 @@ def test_one_speed_explains_the_published_times_of_full_and_lora():
     assert wrong != pytest.approx(shares["full"], rel=0.2)
 
 
+def published_logits(dims: Dims, rows: int) -> float:
+    """Bytes: in half precision and in float32, their softmax, both gradients, of all places at once."""
+    return 16.0 * rows * dims.vocab
+
+
 def published_set_up(dims: Dims, rows: int, *, nf4: bool = False) -> float:
     """GB of weights, activations and logits as the published runs held them: one pass in bfloat16 with recompute,
     logits of every place, no optimizer on the card (which would not have had room for 7.3e9 * 12 bytes)."""
     packed = dims.layers * sum(out * in_ for out, in_ in projections(dims)) if nf4 else 0
     held = 2 * (parameters(dims) - packed) + NF4_BYTES * packed
-    return (held + activations(dims, rows, half=True, again=True) + logits(dims, rows, half=True, some=False)) / 1e9
+    return (held + activations(dims, rows, half=True, again=True) + published_logits(dims, rows)) / 1e9
 
 
 def test_published_memory_is_explained_part_by_part():
@@ -122,7 +128,7 @@ def test_published_memory_is_explained_part_by_part():
     assert published_set_up(DIMS_7B, rows, nf4=True) == pytest.approx(19.9, rel=0.1)
     assert published_set_up(DIMS_7B, rows) + 2 * parameters(DIMS_7B) / 1e9 == pytest.approx(43.9, rel=0.1)
     # the control: without the logits, which a vocabulary of 100,000 makes large, none of it would fit
-    assert published_set_up(DIMS_7B, rows) - logits(DIMS_7B, rows, half=True, some=False) / 1e9 < 0.7 * 29.4
+    assert published_set_up(DIMS_7B, rows) - published_logits(DIMS_7B, rows) / 1e9 < 0.7 * 29.4
 
 
 def test_the_published_34b_figure_is_one_of_two_rows_and_not_four():
@@ -179,12 +185,12 @@ def test_sharding_cuts_what_its_stage_says():
         assert found[part] == whole[part] / (8 if part == "optimizer" else 1)
 
 
-def test_logits_of_a_large_vocabulary_matter_and_recompute_holds_few():
+def test_logits_are_those_of_one_block_and_recompute_holds_few_activations():
     many = parts(stage(micro_batch=4, length=4096))
-    assert many["logits"] == 4 * 4096 * 100008 * 16
-    assert parts(stage(micro_batch=4, length=4096), labels=0.25)["logits"] == many["logits"] / 4
+    assert many["logits"] == BLOCK_BYTES // (4 * 100008) * 100008 * 8
+    assert parts(stage(length=256, micro_batch=1), labels=0.25)["logits"] == 64 * 100008 * 8
     few = parts(stage(micro_batch=4, length=4096, recompute=True))
-    assert few["logits"] == 2048 * 100008 * 16 and few["activations"] < many["activations"] / 10
+    assert few["logits"] == many["logits"] and few["activations"] < many["activations"] / 10
 
 
 def test_nf4_takes_half_a_byte_and_adapters_next_to_nothing():
@@ -207,7 +213,7 @@ config = AquilaConfig(vocab_size=2000, hidden_size=256, intermediate_size=700, n
 model = AquilaForCausalLM(config)
 model.train()
 model.aquila.enable_recompute = again
-loss = SummedLoss(model, spare_memory=again)
+loss = SummedLoss(model)
 ids = paddle.to_tensor(np.arange(length)[None] % 2000)
 rows = (ids, ids, paddle.arange(length)[None], paddle.ones([1, length], "int64"))
 loss(*(row[:, :16] for row in rows)).backward()
@@ -227,6 +233,11 @@ print(most - before)
 """
 
 
+def test_logits_are_held_in_blocks_of_the_size_that_is_estimated():
+    assert LOGITS_AT_ONCE == BLOCK_BYTES
+    assert logits(DIMS_7B, 1e6, half=True) < 2 * BLOCK_BYTES < logits(DIMS_7B, 1e6, half=True) * 1.01
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_a_process_on_a_cpu_holds_about_what_is_estimated(again):
@@ -241,7 +252,7 @@ def test_a_process_on_a_cpu_holds_about_what_is_estimated(again):
     )
     assert done.returncode == 0, done.stderr
     held = activations(dims, length, half=False, again=again, scores=4 * length / 2)
-    held += logits(dims, length, half=False, some=again)
+    held += logits(dims, length, half=False)
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(held, rel=0.25)
 
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import paddle
 import pytest
-from sft_factory import LENGTH, Recorder, packs, random_samples, run, stage, tiny_model, trainer_of
+from sft_factory import LENGTH, VOCABULARY, Recorder, packs, random_samples, run, stage, tiny_model, trainer_of
 from twins import assert_close
 
 from aquila_pd.errors import TrainingError
@@ -51,8 +51,7 @@ def test_control_a_mean_of_means_depends_on_how_a_step_is_cut(tmp_path, monkeypa
     assert np.abs(np.array(wrong) - np.array(right)).max() > 10 * ROUNDING
 
 
-def test_recompute_does_not_change_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("aquila_pd.sft.loss.ROWS", 16)
+def test_recompute_does_not_change_the_run(tmp_path):
     plain = run(tmp_path / "plain", stage(max_steps=6))
     again = run(tmp_path / "again", stage(max_steps=6, recompute=True))
     assert_close(np.array(again.losses), np.array(plain.losses), ROUNDING)
@@ -140,8 +139,8 @@ def test_logits_in_pieces_give_the_same_loss(tmp_path, monkeypatch):
     data = packs(random_samples(tmp_path / "samples"), tmp_path / "plans", epochs=1)
     model = tiny_model(stage())
     whole = loss_of(model, data.arrays(1))
-    monkeypatch.setattr("aquila_pd.sft.loss.ROWS", 5)
-    assert loss_of(model, data.arrays(1), spare_memory=True) == pytest.approx(whole, rel=1e-6)
+    monkeypatch.setattr("aquila_pd.cross_entropy.BLOCK_BYTES", 5 * 4 * VOCABULARY)
+    assert loss_of(model, data.arrays(1)) == pytest.approx(whole, rel=1e-6)
 
 
 def test_neftune_makes_noise_of_its_size_in_training_alone(tmp_path):

@@ -13,8 +13,8 @@ from .recipe import Stage
 GB = 1e9
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384  # codes, magnitudes of blocks of 64, magnitudes of those
 GRADIENT, MOMENTS, MASTER = 4, 8, 4
-LOGIT_BYTES = {True: 16, False: 12}  # half precision or not: logits, in float32, their softmax, both gradients
-LOGIT_ROWS = 2048  # labels whose logits are held at a time with recompute (loss.py)
+LOGITS_AT_ONCE = 256 * 2**20  # bytes of them in float32 (cross_entropy.py)
+LOGIT_BYTES = {True: 8, False: 4}  # half precision or not: logits, which become gradients; cast from and to half
 UNPACKED = 3 * 2**26  # bytes: a strip of an NF4 weight while it is made
 CONTEXT = 1.5 * GB  # of the driver, libraries and workspaces on a GPU: an assumption
 PLAIN_SEES_MORE = 1.15  # keys that plain attention looks at for each that a query sees: whole blocks
@@ -55,7 +55,7 @@ def memory(stage: Stage, dims: Dims, rows: Rows, *, heads: int, devices: int, ha
         "activations": activations(
             dims, tokens, half=half, again=stage.recompute, scores=0 if gpu else heads * rows.keys
         ),
-        "logits": logits(dims, tokens * rows.labels, half=half, some=stage.recompute),
+        "logits": logits(dims, tokens * rows.labels, half=half),
     }
     if stage.method != "full":
         parts["activations"] += _of_adapters(stage, dims, tokens, half)
@@ -111,6 +111,6 @@ def _of_adapters(stage: Stage, dims: Dims, tokens: int, half: bool) -> float:
     return tokens * sum(each) * (1 if stage.recompute else dims.layers)
 
 
-def logits(dims: Dims, rows: float, *, half: bool, some: bool) -> float:
-    """Bytes of the logits of so many labels; some: not all at a time."""
-    return (min(rows, LOGIT_ROWS) if some else rows) * dims.vocab * LOGIT_BYTES[half]
+def logits(dims: Dims, rows: float, *, half: bool) -> float:
+    """Bytes of the logits of so many labels, of which there is one block at a time (cross_entropy.py)."""
+    return min(rows, LOGITS_AT_ONCE // (4 * dims.vocab)) * dims.vocab * LOGIT_BYTES[half]

@@ -1,31 +1,28 @@
 """What a training step computes: a model around the language model whose output is a sum of losses.
 
 A sum and not a mean, as only who knows the whole step can divide by its labels. Logits are made of the places that
-have a label and of no others: the head over a vocabulary of 100,000 is the widest product there is.
+have a label and of no others: the head over a vocabulary of 100,000 is the widest product there is. They are never
+all there at once (cross_entropy.py).
 """
 
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
-from paddle.distributed.fleet.utils import recompute
 
 from ..masks import PackedMask
-from ..modeling import IGNORE, AquilaForCausalLM, zero_or_nan
-
-ROWS = 2048  # labels whose logits are held at a time where memory is spared
+from ..modeling import IGNORE, AquilaForCausalLM
 
 
 class SummedLoss(nn.Layer):
     """The sum of cross-entropies of a batch of packs.
 
     neftune: alpha of NEFTune's noise on the embeddings of a sample with n tokens, uniform within alpha / sqrt(n * D);
-    0 is none. Only in training. spare_memory: logits are made of ROWS labels at a time, and again in the backward pass.
+    0 is none. Only in training.
     """
 
-    def __init__(self, model: AquilaForCausalLM, *, neftune: float = 0.0, spare_memory: bool = False):
+    def __init__(self, model: AquilaForCausalLM, *, neftune: float = 0.0):
         super().__init__()
         self.model = model
-        self.neftune, self.spare_memory = neftune, spare_memory
+        self.neftune = neftune
 
     @property
     def config(self):
@@ -49,25 +46,9 @@ class SummedLoss(nn.Layer):
         # 0 times the whole: every parameter is in the graph, also where nothing is learned, as other ranks expect
         nothing = x.astype("float32").sum() * 0.0
         if learned.shape[0] == 0:
-            return nothing + self._head(x.reshape([-1, x.shape[-1]])[:1], flat[:1].clip(min=0)) * 0.0
+            return nothing + self.model.summed_loss(x.reshape([-1, x.shape[-1]])[:1], flat[:1].clip(min=0)) * 0.0
         x = paddle.gather(x.reshape([-1, x.shape[-1]]), learned)  # [labels, D]
-        return nothing + self._over(x, paddle.gather(flat, learned))
-
-    def _over(self, x, labels):
-        if not self.spare_memory or x.shape[0] <= ROWS:
-            return self._head(x, labels)
-        total = 0.0
-        for begin in range(0, x.shape[0], ROWS):
-            some = slice(begin, begin + ROWS)
-            rows, targets = x[some], labels[some]
-            checkpointed = self.training and paddle.is_grad_enabled()
-            total = total + (recompute(self._head, rows, targets) if checkpointed else self._head(rows, targets))
-        return total
-
-    def _head(self, x, labels):
-        """x [n, D], labels [n] -> the sum of their losses in float32."""
-        logits = self.model.logits(x)
-        return F.cross_entropy(logits, labels, reduction="sum") + zero_or_nan(logits)
+        return nothing + self.model.summed_loss(x, paddle.gather(flat, learned))
 
     def _noise(self, segment_ids, embeds):
         lengths = PackedMask(segment_ids).lengths.astype("float32").unsqueeze(-1)  # [B, T, 1]

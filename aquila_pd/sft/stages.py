@@ -184,7 +184,7 @@ class _Training:
             half=self.half,
         )
         return StageTrainer(
-            SummedLoss(model, neftune=self.stage.neftune, spare_memory=self.stage.recompute),
+            SummedLoss(model, neftune=self.stage.neftune),
             settings,
             stage=self.stage,
             steps=steps,

@@ -1,0 +1,20 @@
+"""Freed memory stays with the process, so that the next result of an operation need not be given pages again."""
+
+import ctypes
+
+# glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc, for the rest of this process; False where the C library has no such setting.
+
+    By default it returns every large block to the system at once, and the system hands it out again page by page,
+    each filled with zeros: of an addition of two matrices of 8 MB that is nine tenths of the time. Resident memory then
+    stays at the highest it has been, which a loop of equal steps needs again anyway.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc: macOS, Windows
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
