@@ -26,7 +26,7 @@ sys.path[:0] = [folder for folder in (str(ROOT), str(Path(__file__).parent)) if 
 
 from folders import make_folder  # noqa: E402
 from harness import machine, run, versions  # noqa: E402
-from parts import OURS, PARTS, RATIOS, Part, Script, Side  # noqa: E402
+from parts import OURS, PARTS, RATIOS, TORCH, Part, Script, Side  # noqa: E402
 from ratios import Measured, bars_table, case_table, summary  # noqa: E402
 from workers import SideFailed, Worker  # noqa: E402
 
@@ -80,7 +80,7 @@ class Runner:
     """Runs parts on one machine with one setting; folders of weights are made below `work` when first wanted."""
 
     def __init__(self, results: Results, args: argparse.Namespace, work: Path):
-        self.results, self.rounds, self.work, self.vocab = results, args.rounds, work, args.vocab
+        self.results, self.rounds, self.work, self.args = results, args.rounds, work, args
         self.settings = {"threads": args.threads, "dtype": args.dtype}
         self.environment = {**FIXED, "OMP_NUM_THREADS": str(args.threads), "MKL_DEBUG_CPU_TYPE": mkl_setting()}
 
@@ -152,9 +152,13 @@ class Runner:
 
     def script(self, script: Script) -> None:
         """Run a benchmark that is a command of its own, and take over its runs."""
+        if script.needs and getattr(self.args, script.needs) is None:
+            print(f"  {script.name} is left out: it wants --{script.needs}", file=sys.stderr, flush=True)
+            return
+        places = {"vocab": self.args.vocab, "model": self.args.model, "work": self.work}
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "runs.json"
-            arguments = [argument.format(vocab=self.vocab, work=self.work) for argument in script.arguments]
+            arguments = [argument.format(**places) for argument in script.arguments]
             command = [sys.executable, str(Path(__file__).with_name(script.script)), *arguments]
             try:
                 run([*command, "--rounds", str(script.rounds or self.rounds), "--json", str(path)], self.environment)
@@ -214,7 +218,7 @@ def report(results: Results) -> None:
     for case, sides in results.measured.items():
         if not any(found and "seconds" in found for rounds in sides.values() for found in rounds):
             continue
-        base = bases.get(case, next(iter(sides)))
+        base = bases.get(case, TORCH if TORCH in sides else next(iter(sides)))
         print(f"\n{case_table(case, sides, base if any(sides.get(base, [])) else next(iter(sides)))}")
     if content["ratios"]:
         print(f"\n{bars_table(content['ratios'])}")
@@ -248,6 +252,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--folder", type=Path, help="keep the random weights here (default: a temporary folder)")
     parser.add_argument("--vocab", type=Path, default=ROOT.parent / "shared" / "tokenizer", help="tokenizer's folder")
+    parser.add_argument("--model", type=Path, help="a real model as transformers loads it, for the part start")
     parser.add_argument("--json", type=Path, default=OUTPUT / "bench.json", help="all figures (default: bench-output/)")
     parser.add_argument("--chart", type=Path, default=OUTPUT / "bench.png", help="picture, .png or .svg (likewise)")
     parser.add_argument("--record", action="store_true", help="keep the ratios in benchmarks/recorded.json")

@@ -49,8 +49,10 @@ class Part:
 class Script:
     """A benchmark with a command of its own, which takes --rounds and writes what it measured with --json.
 
-    arguments: further ones; "{vocab}" stands for the folder of --vocab, "{work}" for the one with random weights.
-    read: from that JSON to figures by case and side. rounds: other than the run's.
+    arguments: further ones; "{vocab}" stands for the folder of --vocab, "{work}" for the one with random weights,
+    "{model}" for --model.
+    read: from that JSON to figures by case and side. rounds: other than the run's. needs: an option of bench.py without
+    which it is left out.
     """
 
     name: str
@@ -59,6 +61,22 @@ class Script:
     arguments: tuple[str, ...]
     read: Callable[[dict], Measured]
     rounds: int | None = None
+    needs: str = ""
+
+
+def starts(content: dict) -> Measured:
+    """What start.py writes: whole commands; `beyond` is without an empty Python's start in the same round."""
+    runs = content["runs"]
+    empty = [one["wall"] for one in runs["python -c pass"]]
+    return {
+        "start": {
+            side: [
+                {"seconds": one["wall"], "beyond": one["wall"] - wall, "cpu": one["cpu"], "peak_mb": one["peak_mb"]}
+                for one, wall in zip(some, empty, strict=True)
+            ]
+            for side, some in runs.items()
+        }
+    }
 
 
 def loads(content: dict) -> Measured:
@@ -189,6 +207,14 @@ PARTS: tuple[Part | Script, ...] = (
         loads,
         rounds=3,  # PaddleNLP's own way takes most of a minute
     ),
+    Script(
+        "start",
+        "import, help, first token of aquila-pd generate; with --model",
+        "start.py",
+        ("{model}",),
+        starts,
+        needs="model",
+    ),
     Script("tokenizer", "batches of texts to ids", "tokenizer.py", ("--vocab", "{vocab}"), tokenizing, rounds=15),
 )
 
@@ -264,6 +290,9 @@ RATIOS: tuple[Ratio, ...] = (
         )
     ),
     *(against(f"load {files}, cold / transformers", f"load {files}, cold", TORCH) for files in ("float32", "bfloat16")),
+    Ratio("start, import aquila_pd", Of("start", "import aquila_pd", "beyond"), None, 0.1, unit=" s"),
+    Ratio("start, aquila-pd --help", Of("start", "aquila-pd --help"), None, 0.3, unit=" s"),
+    Ratio("start, first token / transformers", Of("start", "aquila-pd generate"), Of("start", TORCH), 1.0),
     *(
         Ratio(
             f"tokenizer, {kind} / transformers, speed",

@@ -11,12 +11,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # l
 
 import bench
 from chart import draw_ratios
-from parts import LAST, NLP, OURS, PARTS, RATIOS, SMOKE, TORCH, Case, Part, loads, sides, tokenizing
+from parts import LAST, NLP, OURS, PARTS, RATIOS, SMOKE, TORCH, Case, Part, loads, sides, starts, tokenizing
 from ratios import HIGH, LOW, MET, MET_MEDIAN, MISSED, MISSED_MEDIAN, Of, Ratio, bars_table, spread, summary, verdict
 from smoke import compared
 from workers import SideFailed
 
-SCRIPTED = ("load ", "tokenizer")  # cases that come out of benchmarks with commands of their own
+SCRIPTED = ("load ", "start", "tokenizer")  # cases that come out of benchmarks with commands of their own
 SECONDS = Ratio("ours / theirs", Of("case", "ours"), Of("case", "theirs"), 0.6)
 
 
@@ -89,6 +89,16 @@ def test_what_load_py_writes_becomes_figures_of_rounds():
     assert memory.values(found) == [1.25, 1.25]
 
 
+def test_what_start_py_writes_is_beyond_an_empty_python():
+    def runs(*walls: float) -> list[dict]:
+        return [{"wall": wall, "cpu": wall, "peak_mb": 9.0, "anonymous_mb": 9.0} for wall in walls]
+
+    whole = {"import aquila_pd": runs(0.05, 0.4), "aquila-pd generate": runs(3.0, 3.0), "transformers": runs(4.0, 6.0)}
+    found = summary(RATIOS, starts({"runs": {"python -c pass": runs(0.01, 0.35), **whole}}))
+    assert [round(found["start, import aquila_pd"][key], 3) for key in ("min", "max")] == [0.04, 0.05]
+    assert found["start, first token / transformers"]["max"] == 0.75
+
+
 def test_what_tokenizer_py_writes_becomes_ratios():
     row = {"MB/s": {}, "ratio": {"min": 0.9, "median": 1.2, "max": 3.0}}
     results = {"AquilaTokenizer, ids": row, "GPT2TokenizerFast, ids": row}
@@ -150,7 +160,7 @@ def fake(monkeypatch):
 
 
 def run_part(path: Path, part: Part = PART) -> bench.Results:
-    args = argparse.Namespace(rounds=2, threads=1, dtype="float32", vocab=None)
+    args = argparse.Namespace(rounds=2, threads=1, dtype="float32", vocab=None, model=None)
     facts = {"date": "2026-01-01", "machine": "m, load average 0.0", "versions": {"aquila_pd": "0"}}
     results = bench.Results({**facts, **vars(args), "MKL_DEBUG_CPU_TYPE": "5"}, path)
     bench.Runner(results, args, path.parent).part(part)
