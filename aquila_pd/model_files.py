@@ -1,11 +1,13 @@
 """Weights between the parameters of a model and a safetensors folder, one tensor at a time.
 
-Loading checks every name and shape in the file headers first and then fills parameters that have no memory yet,
-converting on the way. Saving writes in the weight table's order, so that the same weights give the same bytes.
+Loading checks every name and shape in the file headers first and then gives memory to parameters that have none yet:
+on a CPU the mapped file itself where it fits, else memory of their own that is read into, converting on the way.
+Saving writes in the weight table's order, so that the same weights give the same bytes.
 """
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,20 @@ import paddle
 from paddle import nn
 
 from .errors import AquilaError, CheckpointError, report
-from .shards import INDEX, SINGLE, Entry, parse_size, plan_shards, read_layout, tag_of, view, write_shards
+from .reading import Maps, empty, read_into, touch
+from .shards import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Entry,
+    TensorInfo,
+    parse_size,
+    plan_shards,
+    read_layout,
+    tag_of,
+    view,
+    write_shards,
+)
 from .weight_map import BASE_MODEL_PREFIX, EMBEDDING, HEAD, weights
 
 log = logging.getLogger("aquila_pd")
@@ -23,16 +38,25 @@ SAFETENSORS = (SINGLE, INDEX)
 # Parameters of a task head: a checkpoint of another task lacks or has them, and that is no mistake.
 NEW_HEAD = "score.weight"
 HEADS = {HEAD.paddle, NEW_HEAD}
+READERS = 2  # threads: one converts while the other waits for the system
 
 
 def load_weights(
-    model: nn.Layer, folder: Path, *, instead: Mapping[str, Callable[[np.ndarray], None]] | None = None
+    model: nn.Layer,
+    folder: Path,
+    *,
+    instead: Mapping[str, Callable[[np.ndarray], None]] | None = None,
+    into: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Fill a model built without memory (paddle.LazyGuard) from a folder.
 
-    instead: parameters that are not filled, and who takes the stored array in their place.
+    On a CPU a tensor in its parameter's dtype is not copied: the parameter lies in a private map of the file (see
+    reading.Maps for what that means for who changes the file), and only what training changes takes memory.
+    instead: parameters that are not filled, and who takes the stored array in their place. into: those that are not
+    filled either, and the arrays [in, out] that are, such as the columns of a matrix that several share.
     Raises CheckpointError with every missing, unexpected or misshapen weight before the first is read.
     """
+    instead, into = instead or {}, into or {}
     files = {name_in(model, name): info for name, info in read_layout(folder).items()}
     parameters = model.state_dict()
     findings = _compare(parameters, files)
@@ -40,15 +64,18 @@ def load_weights(
         findings = _compare_tied_head(model, files)
     if findings:
         raise CheckpointError(_message(model, folder, findings))
-    for name, parameter in parameters.items():
-        if instead and name in instead:
-            instead[name](view(files[name]))
-        elif name in files:
-            _fill(parameter, view(files[name]))
-        else:
-            log.warning("%s is not in %s: it is new and random, train it.", name, folder.name)
-            parameter.initialize()
-            model._init_weights(model.score)
+    for name, take in instead.items():
+        take(view(files[name]))
+    stored = {name: info for name, info in files.items() if name in parameters and name not in instead}
+    if paddle.device.get_device() == "cpu":
+        _fill({name: parameters[name] for name in stored}, stored, into)
+    else:
+        for name, info in stored.items():
+            _copy_to_device(parameters[name], view(info))
+    if NEW_HEAD in parameters.keys() - files.keys():
+        log.warning("%s is not in %s: it is new and random, train it.", NEW_HEAD, folder.name)
+        parameters[NEW_HEAD].initialize()
+        model._init_weights(model.score)
 
 
 def check_plain(model: nn.Layer) -> None:
@@ -112,10 +139,37 @@ def _message(model: nn.Layer, folder: Path, findings: list[str]) -> str:
     return report(f"{folder.name} does not hold the {type(model).__name__} of its config.json:", findings, advice)
 
 
-def _fill(parameter, array: np.ndarray) -> None:
-    """Copy one stored tensor into a parameter that has no memory yet, in the parameter's dtype."""
+def _fill(parameters: dict, stored: dict[str, TensorInfo], into: Mapping[str, np.ndarray]) -> None:
+    """Give each parameter its stored tensor in its own dtype, or read it into the array named for it."""
+    maps = Maps()
+
+    def read(name: str) -> np.ndarray:
+        info, dtype = stored[name], dtype_of(parameters[name])
+        if name not in into and maps.fits(info, dtype):
+            array = maps.array(info)
+            touch(array)
+            return array
+        array = into[name] if name in into else empty(info.shape, dtype)
+        read_into(info, array)
+        return array
+
+    with ThreadPoolExecutor(READERS) as readers:
+        for name, array in zip(stored, readers.map(read, stored), strict=True):
+            if name not in into:
+                give(parameters[name], array)
+
+
+def give(parameter, array: np.ndarray) -> None:
+    """Let an array be the memory of a parameter that has none yet, on the CPU. The parameter keeps it alive."""
     if array.dtype.name == "bfloat16":
         array = array.view(np.uint16)  # Paddle's numpy spelling of bfloat16
+    parameter.get_tensor().set(array, paddle.CPUPlace(), True)
+
+
+def _copy_to_device(parameter, array: np.ndarray) -> None:
+    """Copy one stored tensor into a parameter that has no memory yet, in the parameter's dtype."""
+    if array.dtype.name == "bfloat16":
+        array = array.view(np.uint16)
     tensor = paddle.to_tensor(np.ascontiguousarray(array))
     if tensor.dtype != parameter.dtype:
         tensor = tensor.astype(parameter.dtype)
@@ -124,6 +178,11 @@ def _fill(parameter, array: np.ndarray) -> None:
 
 def _unmerged_lora(model: nn.Layer) -> bool:
     return any(hasattr(layer, "lora_A") and not getattr(layer, "merged", False) for layer in model.sublayers())
+
+
+def dtype_of(parameter) -> np.dtype:
+    """numpy's dtype of a parameter's values, with or without memory; bfloat16 as ml_dtypes.bfloat16."""
+    return DTYPES[_tag(parameter)]
 
 
 def _tag(tensor) -> str:

@@ -1,7 +1,7 @@
 """AquilaPretrainedModel: how Aquila models are initialized, loaded, saved and resized under PaddleNLP.
 
 A plain local safetensors folder is loaded and saved by model_files.py, without random numbers and without holding
-more than the weights and one tensor. Anything else (hub names, .pdparams, tensor parallel, quantized on load) is
+more than the weights. Anything else (hub names, .pdparams, tensor parallel, quantized on load) is
 PaddleNLP's to do.
 """
 
@@ -10,6 +10,7 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import paddle
 from paddle import nn
 from paddlenlp.generation import GenerationConfig
@@ -20,7 +21,8 @@ from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 from .configuration import AquilaConfig
 from .errors import CheckpointError, ConfigError, OutputError, report
 from .fusion_ops import FusedLinear, fuse, unfuse
-from .model_files import NEW_HEAD, PREFIX, SAFETENSORS, check_plain, load_weights, save_weights
+from .model_files import NEW_HEAD, PREFIX, SAFETENSORS, check_plain, dtype_of, give, load_weights, save_weights
+from .reading import empty
 from .shards import DEFAULT_SHARD_SIZE
 from .weight_map import BASE_MODEL_PREFIX, weights
 
@@ -66,8 +68,13 @@ class AquilaPretrainedModel(PretrainedModel):
     # ------------------------------------------------------------------------------------------- loading
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, dtype=None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, dtype=None, fused=False, **kwargs):
         """Load a model.
+
+        On a CPU the weights of a safetensors folder in the dtype asked for are not copied: the model lies in a private
+        map of the files, which several processes share. Training and saving never touch a file that is mapped, and
+        files that are replaced or removed do no harm; do not rewrite them in place (`cp` over them) while the model
+        runs.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and safetensors (converted by `aquila-pd convert`
@@ -75,6 +82,7 @@ class AquilaPretrainedModel(PretrainedModel):
             config: an AquilaConfig to use in place of the folder's; it is not changed.
             dtype (or torch_dtype): "float32", "bfloat16" or "float16". Default is the config's; on a CPU half
                 precision then becomes float32, as Paddle has no such kernels to compute with, and the log says so.
+            fused: as fuse_projections() would leave it, without ever holding the separate parts beside it.
             subfolder and PaddleNLP's other loading options, by keyword.
             Other keywords are config fields.
 
@@ -93,14 +101,26 @@ class AquilaPretrainedModel(PretrainedModel):
             at_hand = options.get("state_dict") is not None or options.get("convert_from_torch")
             options.setdefault("low_cpu_mem_usage", not at_hand)
             name = str(pretrained_model_name_or_path)
-            return super().from_pretrained(name, *args, config=config, dtype=dtype, **options)
-        return cls.from_files(folder, config, dtype=dtype)
+            model = super().from_pretrained(name, *args, config=config, dtype=dtype, **options)
+            if fused:
+                model.fuse_projections()
+            return model
+        return cls.from_files(folder, config, dtype=dtype, fused=fused)
 
     @classmethod
-    def from_files(cls, folder: Path, config: AquilaConfig, *, dtype: str | None, make_instead=lambda model: {}):
+    def from_files(
+        cls,
+        folder: Path,
+        config: AquilaConfig,
+        *,
+        dtype: str | None,
+        fused: bool = False,
+        make_instead=lambda model: {},
+    ):
         """The model of a folder with safetensors. config: its own; the dtype is changed in it.
 
-        make_instead: called with the model while it is empty, for load_weights()'s `instead`.
+        fused: see from_pretrained. make_instead: called with the model while it is empty, for load_weights()'s
+        `instead`.
         """
         config.dtype = _compute_dtype(dtype, config.dtype)
         with ExitStack() as stack:
@@ -108,7 +128,12 @@ class AquilaPretrainedModel(PretrainedModel):
             stack.enter_context(paddle.LazyGuard())
             stack.enter_context(dtype_guard(config.dtype))
             model = cls(config)
-        load_weights(model, folder, instead=make_instead(model))
+        # Elsewhere the parts are joined on the device, where that is quick and the host need not hold them.
+        on_cpu = paddle.device.get_device() == "cpu"
+        instead = make_instead(model) if make_instead else None
+        load_weights(model, folder, instead=instead, into=_join_empty(model) if fused and on_cpu else None)
+        if fused:
+            model.fuse_projections()
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder.as_posix())
         return model
@@ -258,6 +283,39 @@ class AquilaPretrainedModel(PretrainedModel):
             StateDictNameMapping(w.hf, w.paddle[strip:], "transpose" if w.transpose else None, index=i)
             for i, w in enumerate(rows)
         ]
+
+
+def _join_empty(model: nn.Layer) -> dict[str, np.ndarray]:
+    """Fuse what can be joined of a model without memory; the memory its parts [in, out] are to be read into, by name.
+
+    A part is some columns of its FusedLinear's matrix. What stands alone is left for fuse_projections().
+    """
+    columns = {}
+    for name, layer in model.named_sublayers():
+        for fused, parts in getattr(layer, "FUSABLE", {}).items():
+            if len(parts) == 1:
+                continue
+            joined = _empty_fused({part: getattr(layer, part) for part in parts})
+            matrix = empty(tuple(joined.weight.shape), dtype_of(joined.weight))
+            give(joined.weight, matrix)
+            ends = np.cumsum(joined.widths)[:-1]
+            for part, some in zip(parts, np.split(matrix, ends, axis=1), strict=True):
+                columns[f"{name}.{part}.weight"] = some
+                delattr(layer, part)
+            setattr(layer, fused, joined)
+    return columns
+
+
+def _empty_fused(parts: dict[str, nn.Linear]) -> FusedLinear:
+    """A FusedLinear of layers without memory. Its constructor joins weights that are there."""
+    layer = FusedLinear.__new__(FusedLinear)
+    nn.Layer.__init__(layer)
+    layer.names = list(parts)
+    layer.widths = [linear.weight.shape[1] for linear in parts.values()]
+    first = next(iter(parts.values())).weight
+    with paddle.LazyGuard():
+        layer.weight = layer.create_parameter([first.shape[0], sum(layer.widths)], dtype=first.dtype)
+    return layer
 
 
 def _holds_weights(folder: Path) -> bool:

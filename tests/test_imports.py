@@ -15,7 +15,7 @@ HEAVY = ("paddle", "paddlenlp", "torch", "transformers", "tensorflow")
 # From the ground up. A module, or a folder of modules, may import what stands in its own line or below.
 # The public face (__init__) may import everything, lazily, and is imported by nothing inside.
 FILES = (  # of a checkpoint: importing these never loads Paddle
-    {"errors", "processor", "registration", "chat_templates"},
+    {"errors", "processor", "heap", "registration", "chat_templates"},
     {"startup"},
     {"versions", "weight_map", "config_checks"},
     {"families", "files", "gguf_file", "sentencepiece_merges", "sentencepiece_files", "shards", "reading"},
@@ -24,7 +24,7 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
     {"checkpoint"},
 )
 MODEL = (
-    {"configuration", "masks", "cache", "tokenizer", "tokenizer_chat"},
+    {"configuration", "masks", "cache", "cross_entropy", "tokenizer", "tokenizer_chat"},
     {"fusion_ops", "rotary"},
     {"paddlenlp_generate"},
     {"model_files"},
@@ -142,6 +142,18 @@ def test_what_handles_files_loads_neither_paddle_nor_torch():
 
 def test_help_loads_neither_paddle_nor_torch():
     assert loaded_by(["from aquila_pd.cli import VERBS, help_text", "help_text()"]) == []
+
+
+def test_the_package_and_its_help_load_no_library_at_all():
+    """numpy alone would be half of the time that the help takes."""
+    lines = [
+        "import sys; before = set(sys.modules)",
+        "from aquila_pd.cli import VERBS, help_text",
+        "import aquila_pd; help_text()",
+        "print({name.split('.')[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names)",
+    ]
+    assert run("\n".join(lines)).stdout == "{'aquila_pd'}\n"
+    assert "numpy" in run("\n".join([lines[0], "import numpy", *lines[1:]])).stdout, "the control"
 
 
 def test_control_a_heavy_import_is_noticed(tmp_path):

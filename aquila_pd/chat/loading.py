@@ -5,8 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import paddle
-
+from .. import threads as thread_count
 from ..errors import CheckpointError, ConfigError, shown_value
 from ..files import read_object
 from ..generation import Engine
@@ -82,9 +81,8 @@ def load(
     if needs_template and not has_template:
         raise no_template(folder.resolve().name)
     prompts = ChatPrompts(tokenizer, template, eos_ids=stop_ids) if has_template else None
-    model = AquilaForCausalLM.from_pretrained(str(folder), dtype=dtype)
+    model = AquilaForCausalLM.from_pretrained(str(folder), dtype=dtype, fused=True)
     check_vocabulary(tokenizer, model, folder)
-    model.fuse_projections()
     model.eval()
     engine = Engine(model, slots=slots, max_length=max_length)
     return Loaded(folder.resolve().name, tokenizer, model, engine, prompts, stop_ids)
@@ -100,7 +98,7 @@ def quiet() -> None:
 def use_threads(threads: int | None) -> None:
     if threads is not None and threads < 1:
         raise ConfigError(f"The number of threads is {threads}; it must be at least 1.")
-    paddle.base.core.set_num_threads(threads or cores())
+    thread_count.use(threads or cores())
 
 
 def cores() -> int:
