@@ -164,8 +164,12 @@ class Runner:
                 run([*command, "--rounds", str(script.rounds or self.rounds), "--json", str(path)], self.environment)
             except SystemExit as error:  # its output is in there; the last line says what it died of
                 self.results.fail(script.name, script.script, str(error).strip().splitlines()[-1])
-            content = json.loads(path.read_text()) if path.is_file() else None
-        for case, sides in (script.read(content) if content else {}).items():
+            try:
+                found = script.read(json.loads(path.read_text())) if path.is_file() else {}
+            except (ValueError, LookupError) as error:
+                self.results.fail(script.name, script.script, f"its JSON is not what was expected: {error!r}")
+                found = {}
+        for case, sides in found.items():
             for side, rounds in sides.items():
                 for figures in rounds:
                     self.results.add(case, side, figures)

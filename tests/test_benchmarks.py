@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # l
 
 import bench
 from chart import draw_ratios
-from parts import LAST, NLP, OURS, PARTS, RATIOS, SMOKE, TORCH, Case, Part, loads, sides, starts, tokenizing
+from parts import LAST, NLP, OURS, PARTS, RATIOS, SMOKE, TORCH, Case, Part, Script, loads, sides, starts, tokenizing
 from ratios import HIGH, LOW, MET, MET_MEDIAN, MISSED, MISSED_MEDIAN, Of, Ratio, bars_table, spread, summary, verdict
 from smoke import compared
 from workers import SideFailed
@@ -159,11 +159,12 @@ def fake(monkeypatch):
     return answers
 
 
-def run_part(path: Path, part: Part = PART) -> bench.Results:
+def run_part(path: Path, part: Part | Script = PART) -> bench.Results:
     args = argparse.Namespace(rounds=2, threads=1, dtype="float32", vocab=None, model=None)
     facts = {"date": "2026-01-01", "machine": "m, load average 0.0", "versions": {"aquila_pd": "0"}}
     results = bench.Results({**facts, **vars(args), "MKL_DEBUG_CPU_TYPE": "5"}, path)
-    bench.Runner(results, args, path.parent).part(part)
+    runner = bench.Runner(results, args, path.parent)
+    (runner.part if isinstance(part, Part) else runner.script)(part)
     return results
 
 
@@ -189,6 +190,23 @@ def test_a_side_that_fails_is_told_and_the_others_go_on(fake, tmp_path, capsys):
 def test_a_side_that_computes_something_else_is_no_comparison(fake, tmp_path):
     fake.update({"aquila_pd": answer(1.0), "transformers": answer(2.0), "PaddleNLP": answer(2.0, tokens=8)})
     assert list(run_part(tmp_path / "bench.json").errors) == ["case, PaddleNLP"]
+
+
+def test_a_command_that_fails_is_told_and_what_it_wrote_is_kept(monkeypatch, tmp_path):
+    runs = {OURS: [{"seconds": 1.0, "peak": 5e6}]}
+    written = {"tables": [{"dtype": "float32", "state": "warm", "weights": 4, "runs": runs}]}
+
+    def fails(command, environment):
+        Path(command[-1]).write_text(json.dumps(written))
+        raise SystemExit("load.py failed:\nTraceback\nValueError: no weights\n")
+
+    monkeypatch.setattr(bench, "run", fails)
+    script = next(part for part in PARTS if part.name == "load")
+    results = run_part(tmp_path / "bench.json", script)
+    assert results.errors == {"load, load.py": "ValueError: no weights"}
+    assert results.measured["load float32, warm"][OURS][0]["seconds"] == 1.0
+    written.clear()
+    assert "not what was expected" in run_part(tmp_path / "bench.json", script).errors["load, load.py"]
 
 
 def test_an_interrupted_run_keeps_what_was_measured(fake, tmp_path):
