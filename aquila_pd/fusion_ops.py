@@ -11,15 +11,17 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from . import cpu_ops
 from .errors import AquilaError
-from .masks import PackedMask, causal_mask
+from .masks import Mask, PackedMask, causal_mask
+from .rotary import Angles
 
 QUERY_BLOCK = 256  # queries at a time in plain attention: its scores take N * 256 * S numbers, not N * T * S
 
@@ -45,8 +47,9 @@ def fused_rms_norm(x, weight, eps: float):
     return kernel(x, weight, None, eps, begin_norm_axis=x.ndim - 1)[0]
 
 
-def rope(q, k, cos, sin):
-    """Rotate q [B, T, N, H] and k [B, T, K, H] by the angles of cos, sin [B, T, 1, H], halves paired (i, i + H/2)."""
+def rope(q, k, angles: Angles):
+    """Rotate q [B, T, N, H] and k [B, T, K, H], halves paired (i, i + H/2)."""
+    cos, sin = angles.cast(q.dtype)  # half precision, or mixed: then the layer's input is fp32 and q is not
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
 
@@ -55,10 +58,11 @@ def _rotate_half(x):
     return paddle.concat([-second, first], axis=-1)
 
 
-def fused_rope(q, k, cos, sin):
+def fused_rope(q, k, angles: Angles):
     """`rope` in one kernel for each of q and k. The kernel wants one row of angles, so B and T become one axis."""
     from paddle.incubate.nn.functional import fused_rotary_position_embedding as kernel
 
+    cos, sin = angles.cast(q.dtype)
     B, T, _, H = cos.shape
     flat_cos, flat_sin = cos.reshape([1, B * T, 1, H]), sin.reshape([1, B * T, 1, H])
 
@@ -80,25 +84,25 @@ def fused_swiglu(gate, up):
     return F.swiglu(gate, up)
 
 
-def attention(q, k, v, mask):
+def attention(q, k, v, mask: Mask | None):
     """Grouped-query attention without repeating a key or value.
 
-    q [B, T, N, H]; k, v [B, K, S, H], the cache's layout; mask boolean [B or 1, 1, T, S], True where a query may
-    look, or None when every query may look everywhere. Returns [B, T, N, H]. Softmax is in fp32.
+    q [B, T, N, H]; k, v [B, K, S, H], the cache's layout; mask: who may look where, or None when every query may look
+    everywhere. Returns [B, T, N, H]. Softmax is in fp32.
     """
-    T = q.shape[1]
+    T, sees = q.shape[1], None if mask is None else mask.sees
     if T <= QUERY_BLOCK:
-        return attention_with_weights(q, k, v, mask)[0]
+        return attention_with_weights(q, k, v, sees)[0]
     blocks = []
     for t in range(0, T, QUERY_BLOCK):
         some = slice(t, t + QUERY_BLOCK)
-        rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, some]
+        rows = sees if sees is None or sees.shape[2] == 1 else sees[:, :, some]
         blocks.append(attention_with_weights(q[:, some], k, v, rows)[0])
     return paddle.concat(blocks, axis=1)
 
 
 def attention_with_weights(q, k, v, mask):
-    """`attention`, and the attention weights [B, N, T, S] beside it."""
+    """`attention`, and the attention weights [B, N, T, S] beside it; mask: boolean [B or 1, 1, T or 1, S] or None."""
     B, T, N, H = q.shape
     K, S = k.shape[1], k.shape[2]
     G = N // K  # query heads that share a key head; they are neighbours
@@ -116,10 +120,10 @@ def attention_with_weights(q, k, v, mask):
     return y.reshape([B, T, N, H]), weights
 
 
-def fused_attention(q, k, v, mask):
+def fused_attention(q, k, v, mask: Mask | None):
     """`attention` through Paddle's scaled_dot_product_attention (flash or memory-efficient kernels on a GPU)."""
     k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, S, K, H]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.sees)
 
 
 def packed_attention(q, k, v, mask: PackedMask):
@@ -147,6 +151,13 @@ def fused_packed_attention(q, k, v, mask: PackedMask):
     return F.flashmask_attention(q, k, v, startend_row_indices=hidden_from, causal=True)
 
 
+def product(x, weight, *, transposed: bool = False):
+    """x [..., in] @ weight [in, out], or transposed [out, in], in a model that only runs. Returns [..., out]."""
+    if not paddle.is_grad_enabled() and weight.place.is_cpu_place():
+        return (cpu_ops.product_transposed if transposed else cpu_ops.product)(x, weight)
+    return paddle.matmul(x, weight, transpose_y=transposed)
+
+
 # ------------------------------------------------------------------- projections that share one input
 
 
@@ -162,6 +173,9 @@ class FusedLinear(nn.Layer):
         self.names = list(parts)
         self.widths = [linear.weight.shape[1] for linear in parts.values()]
         first = next(iter(parts.values())).weight
+        if len(parts) == 1:  # nothing to join: the weight itself
+            self.weight = first
+            return
         self.weight = self.create_parameter(
             [first.shape[0], sum(self.widths)], dtype=first.dtype, default_initializer=nn.initializer.Constant(0.0)
         )
@@ -170,8 +184,9 @@ class FusedLinear(nn.Layer):
         self.weight.stop_gradient = first.stop_gradient
 
     def forward(self, x):
-        """[..., in] -> one [..., width] per part, in order."""
-        return paddle.split(paddle.matmul(x, self.weight), self.widths, axis=-1)
+        """[..., in] -> one [..., width] per part, in order; a single part is returned as it is."""
+        y = product(x, self.weight)
+        return y if len(self.widths) == 1 else paddle.split(y, self.widths, axis=-1)
 
     def split_weight(self) -> dict:
         """The parts' weights [in, width] by name: views, they take no memory of their own."""
@@ -253,6 +268,12 @@ class _Twins:
     equal_share: float = 0.0  # of half-precision values that must be the plain twin's to the last bit
     slower_on: Mapping[str, str] = field(default_factory=dict)  # device type -> what was measured there
     half_only: bool = False  # the kernel computes in half precision, so a device that does not has no use for it
+    on_cpu: Callable | None = None  # what a CPU takes in place of `fused`
+    no_backward_on: tuple[str, ...] = ()  # device types where the fused twin is for a model that only runs
+
+    def on(self, device_type: str) -> "_Twins":
+        """The twins as they are on this type of device."""
+        return replace(self, fused=self.on_cpu) if self.on_cpu is not None and device_type == "cpu" else self
 
 
 def _rms_norm_samples(dtype: str) -> list[tuple]:
@@ -262,8 +283,8 @@ def _rms_norm_samples(dtype: str) -> list[tuple]:
 def _rope_samples(dtype: str) -> list[tuple]:
     angles = paddle.arange(2 * 5 * 16, dtype="float32").reshape([2, 5, 1, 16]) * 0.37
     angles = paddle.concat([angles, angles], axis=-1)
-    cos, sin = paddle.cos(angles).astype(dtype), paddle.sin(angles).astype(dtype)
-    return [(_random([2, 5, 4, 32], dtype), _random([2, 5, 2, 32], dtype), cos, sin)]
+    angles = Angles(paddle.cos(angles), paddle.sin(angles))
+    return [(_random([2, 5, 4, 32], dtype), _random([2, 5, 2, 32], dtype), angles)]
 
 
 def _swiglu_samples(dtype: str) -> list[tuple]:
@@ -271,15 +292,17 @@ def _swiglu_samples(dtype: str) -> list[tuple]:
 
 
 def _attention_samples(dtype: str) -> list[tuple]:
-    """A padded prompt, a chunk over a cache, a single step; key lengths kernels like (multiples of 8) and not."""
+    """A padded prompt, a chunk over a cache, a single step; key lengths kernels like (multiples of 8) and not.
+    Then without padding: a prompt, and a chunk over a cache with room to spare."""
 
-    def sample(T: int, S: int, pads: int) -> tuple:
+    def sample(T: int, S: int, pads: int = 0, end: int | None = None) -> tuple:
         keep = paddle.arange(S).unsqueeze(0) >= paddle.to_tensor([[0], [pads]])
-        q, k, v = _random([2, T, 4, 32], dtype), _random([2, 2, S, 32], dtype), _random([2, 2, S, 32], dtype)
-        return q, k, v, causal_mask(keep, T)
+        mask = Mask(causal_mask(keep, T)) if end is None else Mask.of_chunk(T, end, S)
+        return _random([2, T, 4, 32], dtype), _random([2, 2, S, 32], dtype), _random([2, 2, S, 32], dtype), mask
 
-    step = sample(1, 16, 0)
-    return [sample(5, 5, 2), sample(8, 8, 3), sample(3, 16, 4), step, (*step[:3], None)]
+    step = sample(1, 16)
+    padded = [sample(5, 5, 2), sample(8, 8, 3), sample(3, 16, 4), step, (*step[:3], None)]
+    return [*padded, sample(8, 8, end=8), sample(3, 16, end=13)]
 
 
 def _packed_samples(dtype: str) -> list[tuple]:
@@ -299,16 +322,32 @@ def _random(shape: list[int], dtype: str):
 
 TWINS = (
     # LLaMA's order of rounding would differ in a quarter of all values and still be close
-    _Twins("rms_norm", rms_norm, fused_rms_norm, _rms_norm_samples, differentiated=2, equal_share=0.98),
-    _Twins("rope", rope, fused_rope, _rope_samples, differentiated=2),
-    _Twins("swiglu", swiglu, fused_swiglu, _swiglu_samples, differentiated=2),
+    _Twins(
+        "rms_norm",
+        rms_norm,
+        fused_rms_norm,
+        _rms_norm_samples,
+        differentiated=2,
+        equal_share=0.98,
+        no_backward_on=("cpu",),
+    ),
+    _Twins("rope", rope, fused_rope, _rope_samples, differentiated=2, on_cpu=cpu_ops.rope),
+    _Twins(
+        "swiglu",
+        swiglu,
+        fused_swiglu,
+        _swiglu_samples,
+        differentiated=2,
+        slower_on={"cpu": "its kernel takes twice as long as two operations (benchmarks/RESULTS.md)"},
+    ),
     _Twins(
         "attention",
         attention,
         fused_attention,
         _attention_samples,
         differentiated=3,
-        slower_on={"cpu": "its kernel takes many times as long for single tokens (benchmarks/RESULTS.md)"},
+        on_cpu=cpu_ops.attention,
+        no_backward_on=("cpu",),
     ),
     _Twins(
         "packed_attention",
@@ -352,13 +391,23 @@ def _select() -> tuple[Ops, list[Choice]]:
     device = paddle.device.get_device()
     key = f"{_mode}@{device}"
     if key not in _chosen:
-        made = [_choose(twins, device) for twins in TWINS]
-        functions = {
-            twins.name: twins.fused if choice.chosen == "fused" else twins.plain
-            for twins, choice in zip(TWINS, made, strict=True)
-        }
+        here = [twins.on(device.split(":")[0]) for twins in TWINS]
+        made = [_choose(twins, device) for twins in here]
+        functions = {twins.name: _function(twins, choice, device) for twins, choice in zip(here, made, strict=True)}
         _chosen[key] = Ops(**functions), made
     return _chosen[key]
+
+
+def _function(twins: _Twins, choice: Choice, device: str) -> Callable:
+    if choice.chosen == "plain":
+        return twins.plain
+    if device.split(":")[0] not in twins.no_backward_on:
+        return twins.fused
+
+    def fused_unless_differentiated(*arguments):
+        return (twins.plain if paddle.is_grad_enabled() else twins.fused)(*arguments)
+
+    return fused_unless_differentiated
 
 
 def _choose(twins: _Twins, device: str) -> Choice:
@@ -367,6 +416,7 @@ def _choose(twins: _Twins, device: str) -> Choice:
     device_type = device.split(":")[0]
     if device_type in twins.slower_on:
         return Choice(twins.name, "plain", f"{device}: {twins.slower_on[device_type]}")
+    backward = device_type not in twins.no_backward_on
     # One verdict for all dtypes, since a model may compute in several (mixed precision).
     probed = []
     for dtype in ("float32", "bfloat16", "float16"):
@@ -375,12 +425,13 @@ def _choose(twins: _Twins, device: str) -> Choice:
         if dtype == "float32" and twins.half_only:
             continue
         probed.append(dtype)
-        problem = _probe(twins, dtype)
+        problem = _probe(twins, dtype, backward=backward)
         if problem:
             return Choice(twins.name, "plain", f"{device}, {dtype}: {problem}")
     if not probed:
         return Choice(twins.name, "plain", f"{device}: its kernel computes in half precision only, the device does not")
-    return Choice(twins.name, "fused", f"{device}: forward and backward equal the plain twin in {', '.join(probed)}")
+    what = "forward and backward equal" if backward else "for a model that only runs: equals"
+    return Choice(twins.name, "fused", f"{device}: {what} the plain twin in {', '.join(probed)}")
 
 
 def _computes(twins: _Twins, dtype: str) -> bool:
@@ -399,21 +450,21 @@ def _computes(twins: _Twins, dtype: str) -> bool:
 _UNIT = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
-def _probe(twins: _Twins, dtype: str) -> str | None:
-    """What is wrong with the fused twin on this device, or None.
+def _probe(twins: _Twins, dtype: str, *, backward: bool = True) -> str | None:
+    """What is wrong with the fused twin on this device, or None. backward: whether it must have gradients.
 
     Both twins are held against the plain one in fp32 on the same inputs; the fused one may be as far from it as the
     plain one, twice, and a few units of rounding: kernels round at other places, and often less.
     """
     for number in range(len(twins.samples(dtype))):
-        exact = _run(twins, twins.plain, _as_fp32(twins.samples(dtype)[number]))
-        plain = _run(twins, twins.plain, twins.samples(dtype)[number])
+        exact = _run(twins, twins.plain, _as_fp32(twins.samples(dtype)[number]), backward)
+        plain = _run(twins, twins.plain, twins.samples(dtype)[number], backward)
         try:
             with _native_stderr_closed():
-                fused = _run(twins, twins.fused, twins.samples(dtype)[number])
+                fused = _run(twins, twins.fused, twins.samples(dtype)[number], backward)
         except Exception as error:  # any failure of a foreign kernel means: do not use it; the reason is kept
             return f"the fused kernel fails ({_first_line(error)})"
-        outputs = len(exact) - twins.differentiated
+        outputs = len(exact) - (twins.differentiated if backward else 0)
         for i, (right, a, b) in enumerate(zip(exact, plain, fused, strict=True)):
             what = "values" if i < outputs else "gradients"
             allowed = 2 * _distance(a, right) + 8 * _UNIT[dtype] * float(right.abs().max())
@@ -437,8 +488,12 @@ def _floating(argument) -> bool:
     return isinstance(argument, paddle.Tensor) and argument.is_floating_point()
 
 
-def _run(twins: _Twins, function: Callable, arguments: tuple) -> list:
+def _run(twins: _Twins, function: Callable, arguments: tuple, backward: bool = True) -> list:
     """Outputs of the function, then the gradients of its first arguments for a fixed upstream gradient."""
+    if not backward:
+        with paddle.no_grad():
+            outputs = function(*arguments)
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
     with paddle.enable_grad():
         wanted = list(arguments[: twins.differentiated])
         for tensor in wanted:

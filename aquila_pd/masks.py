@@ -3,9 +3,68 @@
 Letters in shapes: B batch, T query length, S key length.
 """
 
+import numpy as np
 import paddle
 
 from .errors import AquilaError
+
+LOWEST = float(np.finfo(np.float32).min)
+
+
+class Mask:
+    """Who may look at whom, [B or 1, 1, T or 1, S], and the forms that attention takes it in, each made once.
+
+    sees: boolean, or a function that makes it: not everybody asks. end: where nothing but causality hides keys, the
+    number of keys that are there: then query t of T sees the keys [0, end - T + t] and what lies behind is spare room.
+    """
+
+    def __init__(self, sees, *, end: int | None = None):
+        self._sees, self.end = sees, end
+        self._made: dict = {}
+
+    @property
+    def sees(self):
+        """Boolean [B or 1, 1, T or 1, S], True where a query may look."""
+        if callable(self._sees):
+            self._sees = self._sees()
+        return self._sees
+
+    @classmethod
+    def of_chunk(cls, T: int, end: int, S: int) -> "Mask":
+        """Of the last T of `end` tokens, over a buffer of S keys."""
+        return cls(lambda: paddle.arange(S) <= paddle.arange(end - T, end).reshape([1, 1, T, 1]), end=end)
+
+    def bias(self, B: int, K: int, G: int):
+        """What is added to scores [B, K, G, S] of the one query there is: 0, or the lowest finite number.
+
+        Not -inf: a row with nothing to see gives a flat row, never NaN.
+        """
+        return self._once(("bias", B, K, G), lambda: _spread(_bias(self.sees), B, K, G))
+
+    def block_bias(self, B: int, K: int, G: int, first: int, last: int):
+        """Likewise for scores [B, K, G*(last-first), S] of the queries [first, last). Not kept: it is large."""
+        rows = self.sees[:, :, first:last] if self.sees.shape[2] > 1 else self.sees.expand([-1, -1, last - first, -1])
+        return _spread(_bias(rows), B, K, G)
+
+    def triangle(self, B: int, K: int, G: int, T: int):
+        """Likewise for scores [B, K, G*T, T] of T queries over the keys they stand at."""
+        key = "triangle", B, K, G, T
+        return self._once(key, lambda: _spread(_bias(paddle.ones([1, 1, T, T]).tril() > 0), B, K, G))
+
+    def _once(self, key, make):
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def _bias(sees):
+    return paddle.where(sees, paddle.zeros([]), paddle.full([], LOWEST))
+
+
+def _spread(bias, B: int, K: int, G: int):
+    """[B or 1, 1, T, S] -> [B, K, G*T, S], in memory of its own: adding two tensors of one shape is far faster."""
+    T, S = bias.shape[2:]
+    return bias.unsqueeze(2).expand([B, K, G, T, S]).reshape([B, K, G * T, S])
 
 
 def causal_mask(keep, T: int):

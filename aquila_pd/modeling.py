@@ -24,11 +24,14 @@ from .cache import KVCache
 from .configuration import AquilaConfig
 from .cross_entropy import linear_cross_entropy
 from .errors import AquilaError, InstallationError
-from .fusion_ops import Ops, attention_with_weights, select
-from .masks import PackedMask, causal_mask, full_mask, hide_beyond, keep_mask, positions
+from .fusion_ops import Ops, attention_with_weights, product, select
+from .heap import keep_freed_memory
+from .masks import Mask, PackedMask, causal_mask, full_mask, hide_beyond, keep_mask, positions
 from .paddlenlp_generate import AquilaGeneration
 from .pretrained import AquilaPretrainedModel
-from .rotary import RotaryEmbedding
+from .rotary import Angles, RotaryEmbedding
+
+keep_freed_memory()  # who imports this module computes: the results of its operations are large, and soon free again
 
 IGNORE = -100  # a label that is not trained on
 HALF = (paddle.float16, paddle.bfloat16)
@@ -50,7 +53,7 @@ class RMSNorm(nn.Layer):
 class Attention(nn.Layer):
     """Grouped-query causal attention."""
 
-    FUSABLE = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+    FUSABLE = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "output_proj": ("o_proj",)}
 
     def __init__(self, config: AquilaConfig, layer: int, ops: Ops):
         super().__init__()
@@ -61,36 +64,34 @@ class Attention(nn.Layer):
         self.k_proj = nn.Linear(D, self.K * self.H, bias_attr=False)
         self.v_proj = nn.Linear(D, self.K * self.H, bias_attr=False)
         self.o_proj = nn.Linear(self.N * self.H, D, bias_attr=False)
-        self.qkv_proj = None  # stands in for the first three after fuse_projections()
+        self.qkv_proj = self.output_proj = None  # stand in for the first three and the last after fuse_projections()
 
-    def forward(self, x, cos, sin, mask, cache: KVCache | None = None, output_attentions: bool = False):
+    def forward(self, x, angles: Angles, mask, cache: KVCache | None = None, output_attentions: bool = False):
         """x [B, T, D] -> [B, T, D], and the weights [B, N, T, S] or None."""
         B, T, _ = x.shape
         q, k, v = self.qkv_proj(x) if self.qkv_proj else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q = q.reshape([B, T, self.N, self.H])
         k = k.reshape([B, T, self.K, self.H])
         v = v.reshape([B, T, self.K, self.H])
-        if cos.dtype != q.dtype:  # half precision, or mixed: then x is fp32 and q is not
-            cos, sin = cos.astype(q.dtype), sin.astype(q.dtype)
-        q, k = self.ops.rope(q, k, cos, sin)
+        q, k = self.ops.rope(q, k, angles)
         k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, K, T, H]
         if output_attentions:  # only the plain twin has the weights
             if cache is not None:
                 k, v = cache.append(self.layer, k, v)  # [B, K, C, H], the mask hides what is beyond S
-            y, weights = attention_with_weights(q, k, v, mask)  # [B, T, N, H]
+            y, weights = attention_with_weights(q, k, v, mask.sees)  # [B, T, N, H]
         elif cache is not None:
             y, weights = cache.attend(self.layer, q, k, v, mask, self.ops.attention), None
         elif isinstance(mask, PackedMask):
             y, weights = self.ops.packed_attention(q, k, v, mask), None
         else:
             y, weights = self.ops.attention(q, k, v, mask), None
-        return self.o_proj(y.reshape([B, T, self.N * self.H])), weights
+        return (self.output_proj or self.o_proj)(y.reshape([B, T, self.N * self.H])), weights
 
 
 class MLP(nn.Layer):
     """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
 
-    FUSABLE = {"gate_up_proj": ("gate_proj", "up_proj")}
+    FUSABLE = {"gate_up_proj": ("gate_proj", "up_proj"), "output_proj": ("down_proj",)}
 
     def __init__(self, config: AquilaConfig, ops: Ops):
         super().__init__()
@@ -98,11 +99,11 @@ class MLP(nn.Layer):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias_attr=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias_attr=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias_attr=False)
-        self.gate_up_proj = None  # stands in for the first two after fuse_projections()
+        self.gate_up_proj = self.output_proj = None  # stand in for the first two and the last after fuse_projections()
 
     def forward(self, x):
         gate, up = self.gate_up_proj(x) if self.gate_up_proj else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(self.swiglu(gate, up))
+        return (self.output_proj or self.down_proj)(self.swiglu(gate, up))
 
 
 class DecoderLayer(nn.Layer):
@@ -115,9 +116,9 @@ class DecoderLayer(nn.Layer):
         self.post_attention_layernorm = RMSNorm(config, ops)
         self.mlp = MLP(config, ops)
 
-    def forward(self, x, cos, sin, mask, cache: KVCache | None = None, output_attentions: bool = False):
+    def forward(self, x, angles: Angles, mask, cache: KVCache | None = None, output_attentions: bool = False):
         """x [B, T, D] -> [B, T, D]; with output_attentions a pair of that and the weights [B, N, T, S]."""
-        y, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, output_attentions)
+        y, weights = self.self_attn(self.input_layernorm(x), angles, mask, cache, output_attentions)
         x = x + y
         x = x + self.mlp(self.post_attention_layernorm(x))
         # A single tensor otherwise: Paddle's recompute wants it.
@@ -191,9 +192,9 @@ class AquilaModel(AquilaPretrainedModel):
         use_cache = False if use_cache is None and segment_ids is not None else use_cache
         cache, in_tuples = self._cache(past_key_values, use_cache)
         S = x.shape[1] + (cache.length if cache is not None else 0)
-        mask, cos, sin = self._mask_and_angles(x, attention_mask, position_ids, cache, S, segment_ids)
+        mask, angles = self._mask_and_angles(x, attention_mask, position_ids, cache, S, segment_ids)
         if output_attentions and isinstance(mask, PackedMask):
-            mask = mask.full()
+            mask = Mask(mask.full())
         if recomputing and x.stop_gradient:  # frozen embeddings (LoRA): recompute would take it for the graph's end
             x = x.detach()
             x.stop_gradient = False
@@ -202,12 +203,12 @@ class AquilaModel(AquilaPretrainedModel):
             if output_hidden_states:
                 hidden_states.append(x)
             if recomputing:
-                x = recompute(layer, x, cos, sin, mask)
+                x = recompute(layer, x, angles, mask)
             elif output_attentions:
-                x, weights = layer(x, cos, sin, mask, cache, output_attentions=True)
+                x, weights = layer(x, angles, mask, cache, output_attentions=True)
                 attentions.append(weights[..., :S])
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = layer(x, angles, mask, cache)
         x = self.norm(x)
 
         output = BaseModelOutputWithPast(
@@ -228,7 +229,7 @@ class AquilaModel(AquilaPretrainedModel):
         return self.embed(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _mask_and_angles(self, x, attention_mask, position_ids, cache: KVCache | None, S: int, segment_ids):
-        """The boolean mask [B or 1, 1, T or 1, C], or a PackedMask for segments; and cos, sin [B, T, 1, H]."""
+        """The Mask [B or 1, 1, T or 1, C], or a PackedMask for segments; and the angles."""
         if segment_ids is not None:
             return self._packed_mask_and_angles(segment_ids, attention_mask, position_ids, cache)
         B, T, _ = x.shape
@@ -239,14 +240,15 @@ class AquilaModel(AquilaPretrainedModel):
             mask = causal_mask(keep, T)
         if cache is not None:
             mask = hide_beyond(mask, cache.reserve(T))
-        return mask, *self.rotary(positions(keep, T) if position_ids is None else position_ids, S)
+        mask = Mask(mask, end=S if attention_mask is None else None)
+        return mask, self.rotary(positions(keep, T) if position_ids is None else position_ids, S)
 
     def _packed_mask_and_angles(self, segment_ids, attention_mask, position_ids, cache: KVCache | None):
-        """The PackedMask of rows that hold several samples, and cos, sin [B, T, 1, H]."""
+        """The PackedMask of rows that hold several samples, and the angles."""
         if attention_mask is not None or cache is not None:
             raise AquilaError("segment_ids say who sees whom: pass neither attention_mask nor a cache with them.")
         mask = PackedMask(segment_ids)
-        return mask, *self.rotary(mask.positions if position_ids is None else position_ids, mask.lengths)
+        return mask, self.rotary(mask.positions if position_ids is None else position_ids, mask.lengths)
 
     def _cache(self, past_key_values, use_cache: bool | None):
         """The cache to append to or None, and whether the caller speaks in tuples.
@@ -310,8 +312,8 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
     def logits(self, x):
         """[B, T, D] -> [B, T, V] in fp32, through the embedding itself when the head is tied."""
         if self.config.tie_word_embeddings:
-            return paddle.matmul(x, self.aquila.embed_tokens.weight, transpose_y=True).astype("float32")
-        return self.lm_head(x).astype("float32")
+            return product(x, self.aquila.embed_tokens.weight, transposed=True).astype("float32")
+        return product(x, self.lm_head.weight).astype("float32")
 
     def summed_loss(self, x, labels, logits=None, places=None):
         """The sum of the losses of x [n, D] at labels int [n], through the head; see linear_cross_entropy."""

@@ -9,6 +9,43 @@ import paddle
 from .configuration import AquilaConfig
 
 
+class Angles:
+    """cos and sin of a pass, fp32 [B, T, 1, H], and the forms that layers take them in, each made once."""
+
+    def __init__(self, cos, sin):
+        self.cos, self.sin = cos, sin
+        self._made: dict = {}
+
+    def __iter__(self):
+        return iter((self.cos, self.sin))
+
+    def cast(self, dtype) -> tuple:
+        """cos, sin in this dtype."""
+        if dtype == self.cos.dtype:
+            return self.cos, self.sin
+        return self._once(dtype, lambda: (self.cos.astype(dtype), self.sin.astype(dtype)))
+
+    def wide(self, heads: int) -> tuple:
+        """For tensors x [B, T, heads, H] as rows of H numbers: cos [B*T*heads, H]; sin likewise, its first half
+        negative; and int32 [2*B*T*heads], which takes rows of H/2 numbers from one half to the other. Then
+        x cos + swapped(x) sin is the rotation, in products of equal shapes."""
+        return self._once(heads, lambda: self._wide(heads))
+
+    def _wide(self, heads: int) -> tuple:
+        B, T, _, H = self.cos.shape
+        first, second = self.sin.chunk(2, axis=-1)
+        sin = paddle.concat([-first, second], axis=-1)
+        cos, sin = (x.expand([B, T, heads, H]).reshape([-1, H]) for x in (self.cos, sin))
+        halves = np.arange(2 * B * T * heads, dtype=np.int32).reshape(-1, 2)[:, ::-1].reshape(-1)
+        return cos, sin, paddle.to_tensor(np.ascontiguousarray(halves))
+
+    def _once(self, key, make):
+        if key not in self._made:
+            with paddle.no_grad():
+                self._made[key] = make()
+        return self._made[key]
+
+
 class RotaryEmbedding:
     """Angles of the rotary embedding: fp32 always, also in a half-precision model.
 
@@ -24,8 +61,8 @@ class RotaryEmbedding:
         self.type, self.factor = scaling["type"], scaling["factor"]
         self._made = None, None  # the last frequencies and what for, so that a decoding step need not make them
 
-    def __call__(self, position_ids, key_length):
-        """position_ids [B, T] -> cos, sin [B, T, 1, H], fp32; attention casts them to what it computes in.
+    def __call__(self, position_ids, key_length) -> Angles:
+        """position_ids [B, T] -> Angles, which unpack as cos, sin [B, T, 1, H] in fp32.
 
         key_length: tokens of a row, or int [B, T] of each token's own sample where a row holds several.
         """
@@ -35,7 +72,7 @@ class RotaryEmbedding:
         frequencies = self.inverse_frequencies if isinstance(key_length, int) else self.frequencies_of_samples
         angles = positions.unsqueeze(-1) * frequencies(key_length)  # [B, T, H/2]
         angles = paddle.concat([angles, angles], axis=-1).unsqueeze(2)  # [B, T, 1, H]
-        return paddle.cos(angles), paddle.sin(angles)
+        return Angles(paddle.cos(angles), paddle.sin(angles))
 
     def frequencies_of_samples(self, lengths):
         """[B, T] lengths -> [B, T, H/2] where a sample may be long enough to stretch the base, else [H/2]."""

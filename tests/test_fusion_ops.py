@@ -10,7 +10,7 @@ from twins import assert_close, ids, paddle_model, shifted, torch_model
 from aquila_pd import fusion_ops
 from aquila_pd.errors import AquilaError
 from aquila_pd.fusion_ops import TWINS, Choice
-from aquila_pd.masks import causal_mask
+from aquila_pd.masks import Mask, causal_mask
 
 TWIN = {twins.name: twins for twins in TWINS}
 
@@ -45,7 +45,8 @@ def test_attention_in_query_blocks_equals_one_block(monkeypatch):
     expected = fusion_ops.attention(q, k, v, mask).numpy()
     monkeypatch.setattr(fusion_ops, "QUERY_BLOCK", 3)
     assert_close(fusion_ops.attention(q, k, v, mask), expected, 1e-6)
-    assert_close(fusion_ops.attention(q, k, v, mask[:, :, -1:]), fusion_ops.attention(q, k, v, mask[:, :, -1:]), 0.0)
+    last = Mask(mask.sees[:, :, -1:])
+    assert_close(fusion_ops.attention(q, k, v, last), fusion_ops.attention_with_weights(q, k, v, last.sees)[0], 1e-6)
     no_mask = fusion_ops.attention_with_weights(q, k, v, None)[0].numpy()
     assert_close(fusion_ops.attention(q, k, v, None), no_mask, 1e-6)
 
@@ -54,19 +55,19 @@ def test_attention_equals_the_formula():
     """Against per-head numpy with repeated keys: the grouping of heads is not taken from the code under test."""
     rng = np.random.default_rng(5)
     q, k, v = (rng.standard_normal(s).astype("float32") for s in ([2, 3, 6, 8], [2, 2, 5, 8], [2, 2, 5, 8]))
-    mask = causal_mask(paddle.to_tensor([[True] * 5, [False, True, True, True, True]]), 3)
+    mask = Mask(causal_mask(paddle.to_tensor([[True] * 5, [False, True, True, True, True]]), 3))
     found = fusion_ops.attention(*map(paddle.to_tensor, (q, k, v)), mask).numpy()
     for b in range(2):
         for head in range(6):
             scores = q[b, :, head] @ k[b, head // 3].T / np.sqrt(8)
-            scores = np.where(mask[b, 0].numpy(), scores, -np.inf)
+            scores = np.where(mask.sees[b, 0].numpy(), scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             expected = weights / weights.sum(-1, keepdims=True) @ v[b, head // 3]
             assert_close(found[b, :, head], expected, 1e-5, f"row {b}, head {head}")
 
 
 def _choose(plain, fused, like="swiglu", **changes):
-    changes = {"slower_on": {}, **changes}
+    changes = {"slower_on": {}, "on_cpu": None, "no_backward_on": (), **changes}
     return fusion_ops._choose(dataclasses.replace(TWIN[like], plain=plain, fused=fused, **changes), "cpu")
 
 
@@ -96,7 +97,7 @@ def test_the_probe_sees_a_mask_aligned_to_the_wrong_end():
         if mask is None or T in (1, S):
             return fusion_ops.attention(q, k, v, mask)
         wrong = paddle.arange(S).unsqueeze(0) <= paddle.arange(T).unsqueeze(1)
-        return fusion_ops.attention(q, k, v, wrong.unsqueeze([0, 1]))
+        return fusion_ops.attention(q, k, v, Mask(wrong.unsqueeze([0, 1])))
 
     assert _choose(fusion_ops.attention, fusion_ops.attention, "attention").chosen == "fused"
     assert _choose(fusion_ops.attention, top_left, "attention").chosen == "plain"

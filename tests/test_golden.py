@@ -120,9 +120,9 @@ def test_dynamic_scaling_forgets_a_long_input(ops):
 
 
 def test_rotation(ops):
-    cos, sin = _rotary(32)(paddle.to_tensor(ops["apply.pos"]), 5)
+    angles = _rotary(32)(paddle.to_tensor(ops["apply.pos"]), 5)
     q, k = (paddle.to_tensor(ops[f"apply.{name}"]).transpose([0, 2, 1, 3]) for name in "qk")
-    q, k = rope(q, k, cos, sin)
+    q, k = rope(q, k, angles)
     assert_close(q.transpose([0, 2, 1, 3]), ops["apply.q_out"], 1e-6)
     assert_close(k.transpose([0, 2, 1, 3]), ops["apply.k_out"], 1e-6)
 

@@ -24,8 +24,10 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
     {"checkpoint"},
 )
 MODEL = (
-    {"configuration", "masks", "cache", "cross_entropy", "tokenizer", "tokenizer_chat"},
-    {"fusion_ops", "rotary"},
+    {"configuration", "masks", "cache", "cross_entropy", "threads", "tokenizer", "tokenizer_chat"},
+    {"rotary"},
+    {"cpu_ops"},
+    {"fusion_ops"},
     {"paddlenlp_generate"},
     {"model_files"},
     {"pretrained"},

@@ -7,7 +7,7 @@ from twins import assert_close, paddle_model, torch_model
 
 from aquila_pd import fusion_ops
 from aquila_pd.errors import AquilaError
-from aquila_pd.masks import PackedMask
+from aquila_pd.masks import Mask, PackedMask
 
 LENGTHS = (5, 1, 9, 3)
 PADDING = 4
@@ -147,7 +147,7 @@ def test_flashmask_is_given_the_row_from_which_each_key_is_hidden(monkeypatch):
         query, key = np.arange(T)[:, None], np.arange(T)[None]
         sees = (key <= query) & (query < given["rows"][:, :, :, 0][:, :, None, :])  # [B, 1, T, T]
         cast = [x.astype("float32") for x in (q, k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3]))]
-        return fusion_ops.attention(*cast, paddle.to_tensor(sees)).astype(q.dtype)
+        return fusion_ops.attention(*cast, Mask(paddle.to_tensor(sees))).astype(q.dtype)
 
     monkeypatch.setattr(fusion_ops.F, "flashmask_attention", kernel)
     q, k, v, mask = fusion_ops._packed_samples("bfloat16")[0]

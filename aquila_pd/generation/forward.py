@@ -3,6 +3,7 @@
 import numpy as np
 import paddle
 
+from ..rotary import Angles
 from .slots import Pass
 
 HEAD_ROWS = 64  # rows of logits at a time: a prompt's would take 0.4 MB for each token
@@ -21,9 +22,9 @@ class Runner:
         spans: (first position, count, key length) of each segment, in order.
         """
         x = self.base.embed_tokens(paddle.to_tensor(ids, dtype="int64").unsqueeze(0))  # [1, T, D]
-        cos, sin = self._angles(spans)
+        angles = self._angles(spans)
         for layer in self.base.layers:
-            x = layer(x, cos, sin, None, cache)
+            x = layer(x, angles, None, cache)
         return self.base.norm(x)[0]
 
     @paddle.no_grad()
@@ -37,8 +38,8 @@ class Runner:
         """Whether hidden states [T, D] are numbers, and so the keys and values they were made with."""
         return bool(paddle.isfinite(hidden.astype("float32").sum()))
 
-    def _angles(self, spans: list[tuple[int, int, int]]):
-        """cos, sin [1, T, 1, H]; with dynamic scaling a function of each segment's own key length."""
+    def _angles(self, spans: list[tuple[int, int, int]]) -> Angles:
+        """Angles of T tokens; with dynamic scaling a function of each segment's own key length."""
         rotary = self.base.rotary
         stretched = rotary.type == "dynamic" and any(keys > rotary.max_positions for _, _, keys in spans)
         groups = [[span] for span in spans] if stretched else [spans]
@@ -48,4 +49,4 @@ class Runner:
             made.append(rotary(paddle.to_tensor(positions[None]), max(keys for _, _, keys in group)))
         if len(made) == 1:
             return made[0]
-        return tuple(paddle.concat(parts, axis=1) for parts in zip(*made, strict=True))
+        return Angles(*(paddle.concat(parts, axis=1) for parts in zip(*made, strict=True)))

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from ..masks import Mask
+
 _ROUND = 128  # capacities are multiples of this
 _GROWTH = 1.25
 _PATIENCE = 512  # passes a half empty buffer is kept before it shrinks
@@ -41,6 +43,7 @@ class Slots:
         shape = [slots, kv_heads, self.capacity, head_dim]
         self.keys = [paddle.zeros(shape, dtype=dtype) for _ in range(layers)]
         self.values = [paddle.zeros(shape, dtype=dtype) for _ in range(layers)]
+        self._flatten()
 
     def fit(self, length: int) -> bool:
         """Make room for sequences of this length; True when the buffers shrank, to what `capacity` says.
@@ -63,6 +66,13 @@ class Slots:
             for buffers in (self.keys, self.values)
         )
         self.keys, self.values, self.capacity, self._idle = keys, values, capacity, 0
+        self._flatten()
+
+    def _flatten(self) -> None:
+        # Views [slots*K*C, H] of the same memory: a scatter of rows takes a tenth of the time of keys[rows, :, places].
+        self.key_rows, self.value_rows = (
+            [buffer.reshape([-1, buffer.shape[3]]) for buffer in buffers] for buffers in (self.keys, self.values)
+        )
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first tokens of one slot into another."""
@@ -93,7 +103,7 @@ class Pass:
         self.B = len(decoding)
         if decoding:
             self._prepare(np.array(decoding), np.array(lengths))
-        self.masks = [self._chunk_mask(chunk) for chunk in chunks]
+        self.masks = [Mask.of_chunk(chunk.count, chunk.start + chunk.count, slots.capacity) for chunk in chunks]
 
     def _prepare(self, decoding: np.ndarray, lengths: np.ndarray) -> None:
         self.lo, self.hi = int(decoding[0]), int(decoding[-1]) + 1
@@ -101,18 +111,15 @@ class Pass:
         held = np.zeros(rows, dtype=np.int64)
         held[decoding - self.lo] = lengths + 1
         mask = np.arange(self.slots.capacity) < held[:, None]  # [R, C]
-        self.mask = paddle.to_tensor(mask[:, None, None, :])
-        self.at = paddle.to_tensor(decoding), paddle.to_tensor(lengths)
+        self.mask = Mask(paddle.to_tensor(mask[:, None, None, :]))
+        _, K, C, _ = self.slots.keys[0].shape
+        heads = (decoding[:, None] * K + np.arange(K)) * C + lengths[:, None]  # [B, K]: rows of key_rows
+        self.at = paddle.to_tensor(heads.reshape(-1))
         self.spread = self.collect = None
         if rows != len(decoding):  # idle slots in between
             spread = np.zeros(rows, dtype=np.int64)
             spread[decoding - self.lo] = np.arange(len(decoding))
             self.spread, self.collect = paddle.to_tensor(spread), paddle.to_tensor(decoding - self.lo)
-
-    def _chunk_mask(self, chunk: Chunk):
-        """[1, 1, T, C], True at the keys up to each query's own."""
-        queries = np.arange(chunk.start, chunk.start + chunk.count)[:, None]
-        return paddle.to_tensor((np.arange(self.slots.capacity) <= queries)[None, None])
 
     def attend(self, layer: int, q, k, v, mask, attention):
         """q [1, T, N, H], k and v [1, K, T, H] of the flat row -> [1, T, N, H]. The mask is made here."""
@@ -126,10 +133,9 @@ class Pass:
         return results[0] if len(results) == 1 else paddle.concat(results, axis=1)
 
     def _decode(self, layer: int, q, k, v, attention):
-        keys, values = self.slots.keys[layer], self.slots.values[layer]
-        rows, places = self.at
-        keys[rows, :, places] = k[0].transpose([1, 0, 2])  # [B, K, H]
-        values[rows, :, places] = v[0].transpose([1, 0, 2])
+        keys, values, H = self.slots.keys[layer], self.slots.values[layer], k.shape[3]
+        paddle.scatter_(self.slots.key_rows[layer], self.at, k.transpose([0, 2, 1, 3]).reshape([-1, H]))
+        paddle.scatter_(self.slots.value_rows[layer], self.at, v.transpose([0, 2, 1, 3]).reshape([-1, H]))
         q = q.transpose([1, 0, 2, 3])  # [B, 1, N, H]
         if self.spread is not None:
             q = paddle.index_select(q, self.spread)  # [R, 1, N, H]

@@ -11,9 +11,9 @@ from paddlenlp.utils.log import logger
 from ... import shards
 from ...configuration import AquilaConfig
 from ...fusion_ops import select
-from ...masks import causal_mask, keep_mask
+from ...masks import Mask
 from ...modeling import DecoderLayer, RMSNorm
-from ...rotary import RotaryEmbedding
+from ...rotary import Angles, RotaryEmbedding
 from ...shards import TensorInfo
 from ...weight_map import EMBEDDING, FINAL_NORM, HEAD, L, Row
 from ..pipeline import count_workers
@@ -27,7 +27,7 @@ class Ours:
         logger.set_level("WARNING")
         self.config = AquilaConfig.from_pretrained(str(folder))
         self._held, self._ops = held, select()
-        self._mask = causal_mask(keep_mask(None, 1, length), length)
+        self._mask = Mask.of_chunk(length, length, length)
         self._angles = RotaryEmbedding(self.config)(paddle.arange(length)[None], length)
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -49,7 +49,7 @@ class Ours:
         for name, parameter in layer.named_parameters():
             _fill(parameter, shards.view(self._held[prefix + name]))
         layer.eval()
-        yield OurLayer(layer, *self._angles, self._mask)
+        yield OurLayer(layer, self._angles, self._mask)
 
     def norm(self, x: np.ndarray) -> np.ndarray:
         with paddle.LazyGuard():
@@ -72,8 +72,8 @@ class Ours:
 class OurLayer:
     """One filled DecoderLayer, whole and in its two halves."""
 
-    def __init__(self, layer: DecoderLayer, cos, sin, mask):
-        self._layer, self._how = layer, (cos, sin, mask)
+    def __init__(self, layer: DecoderLayer, angles: Angles, mask: Mask):
+        self._layer, self._how = layer, (angles, mask)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         return _run(lambda x: self._layer(x, *self._how), x)

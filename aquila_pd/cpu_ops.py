@@ -1,0 +1,160 @@
+"""The decoder's operations on a CPU, in forms that Paddle's CPU kernels are good at; plain twins are in fusion_ops.py.
+
+What they avoid, with the time of it beside that of what is done instead (benchmarks/RESULTS.md):
+- Broadcasting along an axis that is not the last: 5 ns a number, against 0.1 ns for two tensors of one shape.
+- `where`, and reading slices that are not contiguous: 1 to 5 ns a number.
+- New memory for each result: operations in place, and heap.py for the rest.
+- A second thread for small products, and one thread for the product of one row with a large matrix.
+
+A step of decoding does hundreds of operations on a single row, most of them done sooner than the functions of paddle.*
+have looked at their arguments: `_C_ops` are the operations themselves.
+
+Letters in shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head size.
+"""
+
+import math
+from functools import cache
+
+import paddle
+from paddle import _C_ops
+from paddle.autograd import PyLayer
+
+from . import threads
+from .masks import Mask
+from .rotary import Angles
+
+SCORES = 1 << 22  # attention scores at a time: 16 MB, which the heap gives again without asking the system
+SMALL = 1 << 18  # numbers of keys: below it, a product of a few rows with them is no work for two threads
+
+
+def rope(q, k, angles: Angles):
+    """`fusion_ops.rope` in products of equal shapes; halves change places as whole rows of a gather."""
+    return _turn(q, angles), _turn(k, angles)
+
+
+def _turn(x, angles: Angles):
+    if x.stop_gradient or not paddle.is_grad_enabled():
+        return _turned(x, *angles.wide(x.shape[2]))
+    return _Turn.apply(x, angles)
+
+
+def _turned(x, cos, sin, halves, sign: float = 1.0):
+    B, T, X, H = x.shape
+    swapped = _C_ops.gather(_C_ops.reshape(x, [-1, H // 2]), halves, 0)
+    swapped = _C_ops.multiply_(_C_ops.reshape(swapped, [-1, H]), sin)
+    y = _C_ops.multiply(_C_ops.reshape(x, [-1, H]), cos)
+    y = _C_ops.add_(y, swapped) if sign > 0 else _C_ops.subtract_(y, swapped)
+    return _C_ops.reshape(y, [B, T, X, H])
+
+
+class _Turn(PyLayer):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x, angles: Angles):
+        ctx.angles = angles
+        return _turned(x, *angles.wide(x.shape[2]))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return _turned(upstream, *ctx.angles.wide(upstream.shape[2]), sign=-1.0)
+
+
+def attention(q, k, v, mask: Mask | None):
+    """`fusion_ops.attention` where no gradient is needed: q [B, T, N, H]; k, v [B, K, S, H] -> [B, T, N, H].
+
+    Scores become their exponentials in place, block by block of queries. Under a causal mask, keys behind a block are
+    never looked at, those before it need no mask, and those of the block itself all have the same.
+    """
+    B, T, N, H = q.shape
+    K, S = k.shape[1], k.shape[2]
+    q = _C_ops.scale(q, H**-0.5, 0.0, True)
+    if T == 1:
+        part = k, v, None if mask is None else mask.bias(B, K, N // K)
+        q = _C_ops.reshape(q, [B, K, N // K, H])
+        if B * K * S * H > SMALL:
+            return _C_ops.reshape(_softmax_product(q, [part]), [B, 1, N, H])
+        with threads.one():
+            return _C_ops.reshape(_softmax_product(q, [part]), [B, 1, N, H])
+    rows = min(T, max(16, SCORES // (B * N * S)))
+    blocks = [_block(q, k, v, mask, first, min(first + rows, T)) for first in range(0, T, rows)]
+    return blocks[0] if len(blocks) == 1 else paddle.concat(blocks, axis=1)
+
+
+def _block(q, k, v, mask: Mask | None, first: int, last: int):
+    """Attention of the queries [first, last), already scaled."""
+    B, T, N, H = q.shape
+    K, t = k.shape[1], last - first
+    q = q[:, first:last].reshape([B, t, K, N // K, H]).transpose([0, 2, 3, 1, 4]).reshape([B, K, N // K * t, H])
+    if mask is None:
+        parts = [(k, v, None)]
+    elif mask.end is None:
+        parts = [(k, v, mask.block_bias(B, K, N // K, first, last))]
+    else:
+        low = mask.end - T + first  # keys before the block's own
+        parts = [(k[:, :, :low], v[:, :, :low], None)] if low else []
+        parts.append((k[:, :, low : low + t], v[:, :, low : low + t], mask.triangle(B, K, N // K, t)))
+    y = _softmax_product(q, parts)  # [B, K, G*t, H]
+    return y.reshape([B, K, N // K, t, H]).transpose([0, 3, 1, 2, 4]).reshape([B, t, N, H])
+
+
+def _softmax_product(q, parts: list):
+    """softmax(q k^T + bias) v over all keys of the parts (k, v, bias): q [B, K, R, H] -> [B, K, R, H].
+
+    Divided last, when there are H numbers in a row and no longer S. Sums are products with ones, which are faster than
+    Paddle's sum. NaN stays NaN, unlike in Paddle's softmax.
+    """
+    scores = []
+    for k, _, bias in parts:
+        part = _C_ops.matmul(q, k, False, True)
+        scores.append(part if bias is None else _C_ops.add_(part, bias))
+    highest = _C_ops.max(scores[0], [-1], True)
+    for part in scores[1:]:
+        highest = _C_ops.maximum(highest, _C_ops.max(part, [-1], True))
+    y = total = None
+    for part, (_, v, _) in zip(scores, parts, strict=True):
+        weights = _C_ops.exp_(_C_ops.subtract_(part, highest))
+        some, summed = _C_ops.matmul(weights, v, False, False), _C_ops.matmul(weights, _ones(v.shape[2]), False, False)
+        y, total = (some, summed) if y is None else (_C_ops.add_(y, some), _C_ops.add_(total, summed))
+    return _C_ops.divide_(y, total)
+
+
+@cache
+def _ones(size: int):
+    return paddle.ones([size, 1])
+
+
+def product(x, weight):
+    """x [..., in] @ weight [in, out], for a model that only runs.
+
+    MKL gives one row to one thread, which cannot read memory as fast as two. Cut in parts along `in`, which costs no
+    copy, it is a batch of products whose results are added.
+    """
+    in_, out = weight.shape
+    *rows, _ = x.shape
+    parts = _parts(in_) if math.prod(rows) == 1 else 1
+    if parts == 1:
+        return _C_ops.matmul(x, weight, False, False)
+    x = _C_ops.reshape(x, [parts, 1, in_ // parts])
+    y = _C_ops.matmul(x, _C_ops.reshape(weight, [parts, in_ // parts, out]), False, False)
+    return _C_ops.reshape(_C_ops.sum(y, [0], None, False), [*rows, out])
+
+
+def product_transposed(x, weight):
+    """x [..., in] @ weight^T, weight [out, in]: as `product`, cut in parts along `out`, which are put side by side."""
+    out, in_ = weight.shape
+    *rows, _ = x.shape
+    parts = _parts(out) if math.prod(rows) == 1 else 1
+    if parts == 1:
+        return _C_ops.matmul(x, weight, False, True)
+    x = paddle.expand(_C_ops.reshape(x, [1, in_, 1]), [parts, in_, 1])
+    y = _C_ops.matmul(_C_ops.reshape(weight, [parts, out // parts, in_]), x, False, False)
+    return _C_ops.reshape(y, [*rows, out])
+
+
+def _parts(size: int) -> int:
+    """As many equal parts as there are threads, a power of two."""
+    parts = 1
+    while parts * 2 <= threads.count() and size % (parts * 2) == 0:
+        parts *= 2
+    return parts
