@@ -2,8 +2,9 @@
 
 Vocabulary, merges, pattern and special tokens come from files (tokenizer_folder.py says how). Encoding adds nothing
 to a text unless its files say so; `encode` returns what PaddleNLP's does, a BatchEncoding. Plain texts go through
-the library as one batch and into arrays without a Python step per token; whatever else PaddleNLP's base class
-offers (pairs, strides, overflowing tokens, position ids ...) takes the base class's way over the same backend.
+the library as one batch, in large amounts through tiktoken (tokenizer_tiktoken.py), and into arrays without a Python
+step per token; whatever else PaddleNLP's base class offers (pairs, strides, overflowing tokens, position ids ...) takes
+the base class's way over the same backend.
 """
 
 import itertools

@@ -46,9 +46,9 @@ from .versions import pin
 
 log = logging.getLogger("aquila_pd")
 
-# Building takes as long as the twin saves on 2 to 3 million characters of the kinds of text in benchmarks/tokenizer.py.
-# Waiting until that many have come by costs at most twice what knowing the future would.
-REPAID = 2_000_000  # characters
+# Building takes about as long as the twin saves on 4 MB of the texts in benchmarks/tokenizer.py. Waiting until about
+# that much has come by costs at most twice what knowing the future would.
+REPAID = 3_000_000  # characters
 LARGEST_BLOCK, SMALLEST_BLOCK = 500_000, 20_000  # characters in one call of tiktoken
 MOST_THREADS = 8  # lists and arrays are made under Python's lock, more would wait for it
 NO = ("", "off", "false", "f", "no", "n", "0")  # how the library reads TOKENIZERS_PARALLELISM
@@ -123,8 +123,12 @@ class FastIds:
             self._twin = build(self._backend)
         except NoTwin as reason:
             log.info("texts in large numbers are encoded by the tokenizers library, without tiktoken: %s", reason)
-            self._refused = True
+            self.refuse()
         return self._twin is not None
+
+    def refuse(self) -> None:
+        """Have every text encoded by the library from now on."""
+        self._twin, self._refused = None, True
 
 
 def in_threads(twin: Twin, texts: list[str], size: int) -> Iterator[list[np.ndarray]]:
@@ -163,7 +167,7 @@ def threads() -> int:
 
 
 def build(backend: Tokenizer) -> Twin:
-    """The twin of a backend; raises NoTwin where equal ids are not certain. Takes half a second for 100,000 tokens."""
+    """The twin of a backend; raises NoTwin where equal ids are not certain. Takes up to a second for 100,000 tokens."""
     for package in ("tokenizers", "tiktoken"):
         require_tested(package)
     pattern = pattern_of(backend.pre_tokenizer)
@@ -175,17 +179,16 @@ def build(backend: Tokenizer) -> Twin:
         )
     parts = json.loads(backend.to_str())
     model, added = parts["model"], parts["added_tokens"]
-    check_model(model)
+    check_model(model, size=backend.get_vocab_size(with_added_tokens=False))
     check_added([(token["content"], token["normalized"]) for token in added], added)
 
     vocab, letters = model["vocab"], byte_letters()
-    if len(vocab) < backend.get_vocab_size(with_added_tokens=False):  # written by id, so one of the two is gone
-        raise NoTwin("a vocabulary with one id for two tokens")
     made = [left + right for left, right in model["merges"]]
     if len(set(made)) < len(made):
         raise NoTwin("a token that two pairs make")
     tokens = [*letters, *alone_themselves(made, backend, letters)]
-    ranks = {spelled(token, letters): rank for rank, token in enumerate(tokens)}
+    as_bytes = str.maketrans({letter: chr(byte) for letter, byte in letters.items()})
+    ranks = {token.translate(as_bytes).encode("latin-1"): rank for rank, token in enumerate(tokens)}
     whole = {text: len(ranks) + n for n, text in enumerate([*(token["content"] for token in added), SEPARATOR])}
     ids = [*map(vocab.__getitem__, tokens), *(token["id"] for token in added), END]
 
@@ -227,14 +230,16 @@ def pattern_of(pre_tokenizer: PreTokenizer | None) -> str | None:
     return next((pattern for known, pattern in PATTERNS if known == steps), None)
 
 
-def check_model(model: dict) -> None:
-    """Raise NoTwin where the model does more than the merges of its list, or lacks a byte."""
+def check_model(model: dict, *, size: int) -> None:
+    """Raise NoTwin where the model does more than the merges of its list, or lacks a byte. size: tokens it has."""
     if model["type"] != "BPE":
         raise NoTwin(f"a {model['type']} model")
     asked = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     more = [key for key in asked if model.get(key)]
     if more:
         raise NoTwin(f"a model with {' and '.join(more)}")
+    if len(model["vocab"]) < size:  # written by id: of two tokens with one id, either is gone
+        raise NoTwin("a vocabulary with one id for two tokens")
     missing = [byte for letter, byte in byte_letters().items() if letter not in model["vocab"]]
     if missing:  # with all of them there, nothing is unknown: unk_token and byte_fallback have nothing to do
         raise NoTwin(f"a vocabulary without {len(missing)} of the bytes, the first of them {missing[0]}")
@@ -266,7 +271,8 @@ def overlap(a: str, b: str) -> bool:
 
 def alone_themselves(made: list[str], backend: Tokenizer, letters: dict[str, int]) -> list[str]:
     """The tokens that fulfil (2), in their order. One with a character that is no byte is never made."""
-    spellable = [token for token in made if letters.keys() >= set(token)]
+    strange = set("".join(made)) - letters.keys()
+    spellable = [token for token in made if strange.isdisjoint(token)]
     alone = Tokenizer(backend.model)  # the same model, with nothing around it
     counts = list(map(len, alone.encode_batch_fast(spellable, add_special_tokens=False)))
     backend.model._clear_cache()  # it remembers a number of words and forgets none: these would keep real ones out
@@ -278,7 +284,3 @@ def byte_letters() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-def spelled(token: str, letters: dict[str, int]) -> bytes:
-    return bytes(map(letters.__getitem__, token))

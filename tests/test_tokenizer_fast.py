@@ -253,7 +253,7 @@ def test_the_comparison_notices_a_pattern_with_a_part_missing(monkeypatch, part)
 
 def test_aquila_gives_the_same_lists_and_arrays_with_and_without(aquila, two_threads):
     plain = AquilaTokenizer(tokenizer_object=aquila.backend)
-    plain.fast_ids._refused = True
+    plain.fast_ids.refuse()
     texts = [*samples(300), "", "[CLS]a</s>", " </s> <|endoftext|>x" * 3, "word " * 300, "北京" * 200]
     one = "one text 北京 </s>" * 9
     calls = [
