@@ -18,13 +18,22 @@ from functools import cache
 import paddle
 from paddle import _C_ops
 from paddle.autograd import PyLayer
+from paddle.incubate.nn.functional import fused_rms_norm
 
 from . import threads
 from .masks import Mask
 from .rotary import Angles
 
 SCORES = 1 << 22  # attention scores at a time: 16 MB, which the heap gives again without asking the system
-SMALL = 1 << 18  # numbers of keys: below it, a product of a few rows with them is no work for two threads
+SMALL = 1 << 18  # numbers: what is done with fewer is done before a second thread is awake
+
+
+def rms_norm(x, weight, eps: float):
+    """`fusion_ops.rms_norm` in Paddle's kernel, where no gradient is needed: it has none on a CPU."""
+    if math.prod(x.shape) > SMALL:
+        return fused_rms_norm(x, weight, None, eps, begin_norm_axis=x.ndim - 1)[0]
+    with threads.one():
+        return fused_rms_norm(x, weight, None, eps, begin_norm_axis=x.ndim - 1)[0]
 
 
 def rope(q, k, angles: Angles):

@@ -329,6 +329,7 @@ TWINS = (
         _rms_norm_samples,
         differentiated=2,
         equal_share=0.98,
+        on_cpu=cpu_ops.rms_norm,
         no_backward_on=("cpu",),
     ),
     _Twins("rope", rope, fused_rope, _rope_samples, differentiated=2, on_cpu=cpu_ops.rope),

@@ -305,12 +305,31 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias_attr=False)
         self.criterion = AquilaPretrainingCriterion()
+        self._turned_head = ()  # after fuse_projections() on a CPU, for a tied head: the embedding as [D, V]
 
     def get_output_embeddings(self):
         return None if self.config.tie_word_embeddings else self.lm_head
 
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        weight = self.aquila.embed_tokens.weight
+        if self.config.tie_word_embeddings and weight.place.is_cpu_place() and weight.dtype == paddle.float32:
+            # MKL takes twice as long for a few rows with [V, D] turned: worth the memory of a second table.
+            with paddle.no_grad():
+                self._turned_head = (weight.t().contiguous(),)
+
+    def unfuse_projections(self) -> None:
+        super().unfuse_projections()
+        self._turned_head = ()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        super().set_input_embeddings(value)
+        self._turned_head = ()
+
     def logits(self, x):
         """[B, T, D] -> [B, T, V] in fp32, through the embedding itself when the head is tied."""
+        if self._turned_head and not paddle.is_grad_enabled():
+            return product(x, *self._turned_head)
         if self.config.tie_word_embeddings:
             return product(x, self.aquila.embed_tokens.weight, transposed=True).astype("float32")
         return product(x, self.lm_head.weight).astype("float32")

@@ -3,7 +3,9 @@
 import numpy as np
 import paddle
 
+from .. import threads
 from ..rotary import Angles
+from . import strands
 from .slots import Pass
 
 HEAD_ROWS = 64  # rows of logits at a time: a prompt's would take 0.4 MB for each token
@@ -21,6 +23,19 @@ class Runner:
 
         spans: (first position, count, key length) of each segment, in order.
         """
+        on_cpu = self.base.embed_tokens.weight.place.is_cpu_place()
+        parts = strands.parts(len(ids), cache.B, threads.count() if on_cpu else 1)
+        if len(parts) == 1:
+            return self._through(ids, spans, cache)
+
+        def work(number: int, begin: int, end: int):
+            some = list(strands.cuts(spans, begin, end))
+            return lambda order: self._through(ids[begin:end], some, cache.cut(begin, end, order.gate(number)))
+
+        return paddle.concat(strands.run([work(number, *part) for number, part in enumerate(parts)]))
+
+    def _through(self, ids: list[int], spans: list[tuple[int, int, int]], cache: Pass):
+        """`hidden`, all in this thread."""
         x = self.base.embed_tokens(paddle.to_tensor(ids, dtype="int64").unsqueeze(0))  # [1, T, D]
         angles = self._angles(spans)
         for layer in self.base.layers:

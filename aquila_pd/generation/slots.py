@@ -12,6 +12,7 @@ Slots lo..hi are a view of the buffer, so nothing is copied; where a slot in bet
 dropped.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,10 +97,20 @@ class Pass:
     """One forward pass over the slots; stands where a KVCache stands in the decoder layers.
 
     decoding: the slots that get one token each, in ascending order; lengths: what each of them holds before.
+    keys_written: called with the number of a layer when its keys and values are in their places, before anybody looks
+    at them.
     """
 
-    def __init__(self, slots: Slots, decoding: list[int], lengths: list[int], chunks: list[Chunk]):
-        self.slots, self.chunks = slots, chunks
+    def __init__(
+        self,
+        slots: Slots,
+        decoding: list[int],
+        lengths: list[int],
+        chunks: list[Chunk],
+        keys_written: Callable[[int], None] | None = None,
+    ):
+        self.slots, self.decoding, self.lengths, self.chunks = slots, decoding, lengths, chunks
+        self.keys_written = keys_written
         self.B = len(decoding)
         if decoding:
             self._prepare(np.array(decoding), np.array(lengths))
@@ -121,15 +132,34 @@ class Pass:
             spread[decoding - self.lo] = np.arange(len(decoding))
             self.spread, self.collect = paddle.to_tensor(spread), paddle.to_tensor(decoding - self.lo)
 
+    def cut(self, begin: int, end: int, keys_written: Callable[[int], None]) -> "Pass":
+        """The pass over the tokens [begin, end) of this one's flat row; the decoding ones all are in it or all not."""
+        pieces, at = [], self.B
+        for chunk in self.chunks:
+            low, high = max(begin, at), min(end, at + chunk.count)
+            if low < high:
+                pieces.append(Chunk(chunk.slot, chunk.start + low - at, high - low))
+            at += chunk.count
+        decodes = self.B if begin == 0 else 0
+        return Pass(self.slots, self.decoding[:decodes], self.lengths[:decodes], pieces, keys_written)
+
     def attend(self, layer: int, q, k, v, mask, attention):
         """q [1, T, N, H], k and v [1, K, T, H] of the flat row -> [1, T, N, H]. The mask is made here."""
-        results, at = [], self.B
-        if self.B:
-            results.append(self._decode(layer, q[:, :at], k[:, :, :at], v[:, :, :at], attention))
-        for chunk, seen in zip(self.chunks, self.masks, strict=True):
+        if not self.chunks and self.keys_written is None:
+            return self._decode(layer, q, k, v, attention)
+        at, places = self.B, []
+        for chunk in self.chunks:
             some = slice(at, at + chunk.count)
-            results.append(self._prefill(layer, chunk, q[:, some], k[:, :, some], v[:, :, some], seen, attention))
+            self._write(layer, chunk, k[:, :, some], v[:, :, some])
+            places.append(some)
             at += chunk.count
+        if self.keys_written is not None:
+            self.keys_written(layer)
+        B, keys, values = self.B, self.slots.keys[layer], self.slots.values[layer]
+        results = [self._decode(layer, q[:, :B], k[:, :, :B], v[:, :, :B], attention)] if B else []
+        for chunk, some, seen in zip(self.chunks, places, self.masks, strict=True):
+            own = slice(chunk.slot, chunk.slot + 1)
+            results.append(attention(q[:, some], keys[own], values[own], seen))
         return results[0] if len(results) == 1 else paddle.concat(results, axis=1)
 
     def _decode(self, layer: int, q, k, v, attention):
@@ -144,12 +174,10 @@ class Pass:
             y = paddle.index_select(y, self.collect)
         return y.transpose([1, 0, 2, 3])  # [1, B, N, H]
 
-    def _prefill(self, layer: int, chunk: Chunk, q, k, v, mask, attention):
-        keys, values = self.slots.keys[layer], self.slots.values[layer]
-        own, end = slice(chunk.slot, chunk.slot + 1), chunk.start + chunk.count
-        keys[own, :, chunk.start : end] = k
-        values[own, :, chunk.start : end] = v
-        return attention(q, keys[own], values[own], mask)
+    def _write(self, layer: int, chunk: Chunk, k, v) -> None:
+        own, places = slice(chunk.slot, chunk.slot + 1), slice(chunk.start, chunk.start + chunk.count)
+        self.slots.keys[layer][own, :, places] = k
+        self.slots.values[layer][own, :, places] = v
 
 
 def _resized(buffer, kept: int, capacity: int):
