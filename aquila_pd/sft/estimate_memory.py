@@ -55,7 +55,7 @@ def memory(stage: Stage, dims: Dims, rows: Rows, *, heads: int, devices: int, ha
         "activations": activations(
             dims, tokens, half=half, again=stage.recompute, scores=0 if gpu else heads * rows.keys
         ),
-        "logits": logits(dims, tokens * rows.labels, half=half),
+        "logits": logits(dims, tokens * rows.labels, half=half, summed=stage.method == "full"),
     }
     if stage.method != "full":
         parts["activations"] += _of_adapters(stage, dims, tokens, half)
@@ -111,6 +111,10 @@ def _of_adapters(stage: Stage, dims: Dims, tokens: int, half: bool) -> float:
     return tokens * sum(each) * (1 if stage.recompute else dims.layers)
 
 
-def logits(dims: Dims, rows: float, *, half: bool) -> float:
-    """Bytes of the logits of so many labels, of which there is one block at a time (cross_entropy.py)."""
-    return min(rows, LOGITS_AT_ONCE // (4 * dims.vocab)) * dims.vocab * LOGIT_BYTES[half]
+def logits(dims: Dims, rows: float, *, half: bool, summed: bool = False) -> float:
+    """Bytes of the logits of so many labels, of which there is one block at a time (cross_entropy.py).
+
+    summed: the gradient of the head too, while it is summed over blocks; in float32 it is the gradient that stays.
+    """
+    head = dims.vocab * dims.d * (4 + 2) if half and summed else 0
+    return min(rows, LOGITS_AT_ONCE // (4 * dims.vocab)) * dims.vocab * LOGIT_BYTES[half] + head
