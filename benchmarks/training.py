@@ -1,131 +1,226 @@
-"""Training: our step beside transformers' on the same packs, padding left by packing, memory of preparing many rows.
+"""Training: our step beside others' on the same rows, padding left by packing, memory of preparing many rows.
 
-    python benchmarks/training.py step                 a model of 0.13 B (SmolLM2's sizes, random weights)
+    python benchmarks/training.py step --shape 0.4b-4 --recompute
+    python benchmarks/training.py step --packs 1 --length 4096 --rounds 1 --warm-up 0 --sides aquila_pd
     python benchmarks/training.py padding FILES --vocab FOLDER
     python benchmarks/training.py memory --rows 10000 1000000
 
-Steps of the two frameworks alternate in one process; what counts is their ratio within a round.
+Weights are random. Each side of a step is a process of its own, so that its peak memory is its own; steps alternate,
+and what counts is their ratio within a round.
 """
 
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from harness import run  # noqa: E402
+from checkpoints import BLOCK, SHAPES, TIED  # noqa: E402
+from device import paddle_device, torch_device  # noqa: E402
+from harness import machine, run  # noqa: E402
+from ratios import case_table  # noqa: E402
+from workers import Worker  # noqa: E402
 
 import aquila_pd  # noqa: E402, F401  MKL's kernels are chosen before paddle is loaded
 
-SIZES = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    max_position_embeddings=2048,
-    tie_word_embeddings=True,
-    pad_token_id=None,
-)
+OURS, NLP, TORCH, FUSED = "aquila_pd", "PaddleNLP", "transformers", "transformers, fused AdamW"
+RATE, BETAS, EPSILON = 1e-5, (0.9, 0.95), 1e-8
+WARM_UP = 3  # steps: state of AdamW is made in the first, and freed memory finds its places
 
 
-def batch(length: int, samples: int, packs: int):
-    """Packs of equal samples: ids, labels, positions, segments, int64 [packs, length]; half of each is learned."""
+def sizes(shape: str) -> dict:
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    return dict(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=shape in TIED,
+        pad_token_id=None,
+    )
+
+
+def batch(shape: str, *, packs: int, length: int, samples: int) -> dict:
+    """Packs of equal samples: ids, labels, positions, segments, int64 [packs, length]; all places are learned, but the
+    last of each sample where there are several."""
     import numpy as np
 
-    rng = np.random.default_rng(0)
     each = length // samples
-    ids = rng.integers(1, SIZES["vocab_size"], [packs, length])
+    ids = np.random.default_rng(0).integers(1, SHAPES[shape][-1], [packs, length])
     places = np.tile(np.arange(each), samples)
     labels = np.roll(ids, -1, axis=1)
-    learned = (places >= each // 2) & (places < each - 1)
     return {
         "input_ids": ids,
-        "labels": np.where(learned, labels, -100),
+        "labels": labels if samples == 1 else np.where(places < each - 1, labels, -100),
         "position_ids": np.broadcast_to(places, ids.shape).copy(),
         "segment_ids": np.broadcast_to(np.repeat(np.arange(1, samples + 1), each), ids.shape).copy(),
     }
 
 
-def ours(arrays: dict):
-    import paddle
+def who_sees_whom(arrays: dict):
+    """Booleans [packs, 1, length, length] for those who know no segments; None for rows of one sample."""
+    import numpy as np
 
-    from aquila_pd import AquilaConfig, AquilaForCausalLM
-    from aquila_pd.sft.loss import SummedLoss
-    from aquila_pd.sft.optimizer import adamw
-    from aquila_pd.sft.recipe import Optim
+    segments = arrays["segment_ids"]
+    if segments.max() == 1:
+        return None
+    same = segments[:, :, None] == segments[:, None, :]
+    return (same & np.tri(segments.shape[1], dtype=bool))[:, None]
 
-    model = SummedLoss(AquilaForCausalLM(AquilaConfig(**SIZES)))
-    model.train()
-    optimizer = adamw(model, Optim(), 1e-5)
-    inputs = {name: paddle.to_tensor(array) for name, array in arrays.items()}
 
-    def step() -> float:
-        loss = model(**inputs) / int((arrays["labels"] != -100).sum())
+class Ours:
+    """What the trainer of aquila_pd.sft runs."""
+
+    def __init__(self, shape: str, *, threads: int, recompute: bool, samples: int):
+        from aquila_pd import AquilaConfig, AquilaForCausalLM
+        from aquila_pd.heap import keep_freed_memory
+        from aquila_pd.sft.loss import SummedLoss
+        from aquila_pd.sft.optimizer import adamw
+        from aquila_pd.sft.recipe import Optim
+
+        keep_freed_memory()
+        self.device = paddle_device(threads)
+        self.model = SummedLoss(_constant_then_random(lambda: AquilaForCausalLM(AquilaConfig(**sizes(shape)))))
+        self.model.train()
+        self.model.model.aquila.enable_recompute = recompute
+        self.optimizer = adamw(self.model, Optim(betas=BETAS, eps=EPSILON), RATE)
+
+    def step(self, arrays: dict) -> float:
+        import paddle
+
+        inputs = {name: paddle.to_tensor(array) for name, array in arrays.items()}
+        loss = self.model(**inputs) / int((arrays["labels"] != -100).sum())
         loss.backward()
-        optimizer.step()
-        optimizer.clear_grad()
+        self.optimizer.step()
+        self.optimizer.clear_grad()
         return float(loss)
 
-    return step
 
+class PaddleNLP:
+    def __init__(self, shape: str, *, threads: int, recompute: bool, samples: int):
+        import paddle
+        from paddlenlp.transformers import LlamaConfig, LlamaForCausalLM
 
-def transformers(arrays: dict):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+        self.device = paddle_device(threads)
+        self.model = _constant_then_random(lambda: LlamaForCausalLM(LlamaConfig(**sizes(shape))))
+        self.model.train()
+        self.model.llama.enable_recompute = recompute
+        self.optimizer = paddle.optimizer.AdamW(
+            RATE, *BETAS, EPSILON, parameters=self.model.parameters(), weight_decay=0.0
+        )
 
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="sdpa"))
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95))
-    inputs = {name: torch.tensor(array) for name, array in arrays.items()}
-    segments = inputs["segment_ids"]
-    length = segments.shape[1]
-    mask = torch.tril(torch.ones(length, length, dtype=torch.bool)) & (segments[:, :, None] == segments[:, None, :])
+    def step(self, arrays: dict) -> float:
+        import paddle
 
-    def step() -> float:
-        logits = model(
-            inputs["input_ids"], attention_mask=mask[:, None], position_ids=inputs["position_ids"], use_cache=False
-        ).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), ignore_index=-100)
+        given = {name: paddle.to_tensor(arrays[name]) for name in ("input_ids", "labels", "position_ids")}
+        mask = who_sees_whom(arrays)
+        given |= {} if mask is None else {"attention_mask": paddle.to_tensor(mask)}
+        loss = self.model(**given, return_dict=True).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.clear_grad()
+        return float(loss)
+
+
+class Transformers:
+    """AdamW as torch.optim has it by default, or fused."""
+
+    fused = None
+
+    def __init__(self, shape: str, *, threads: int, recompute: bool, samples: int):
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.device = torch_device(threads)
+        self.model = LlamaForCausalLM(LlamaConfig(**sizes(shape), attn_implementation="sdpa")).to(self.device.name)
+        self.model.train()
+        if recompute:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=RATE, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=self.fused
+        )
+
+    def step(self, arrays: dict) -> float:
+        import torch
+
+        given = {name: torch.from_numpy(array).to(self.model.device) for name, array in arrays.items()}
+        mask = who_sees_whom(arrays)
+        mask = None if mask is None else torch.from_numpy(mask).to(self.model.device)
+        logits = self.model(
+            given["input_ids"], attention_mask=mask, position_ids=given["position_ids"], use_cache=False
+        ).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given["labels"].flatten(), ignore_index=-100)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.item()
 
-    return step
+
+class TransformersFused(Transformers):
+    fused = True
+
+
+def _constant_then_random(make):
+    """The model that make() builds, with random matrices; Paddle's own drawing takes longer than a step."""
+    import numpy as np
+    import paddle
+
+    initializer = paddle.nn.initializer
+    initializer.set_global_initializer(initializer.Constant(1.0))
+    model = make()
+    initializer.set_global_initializer(None)
+    block = np.random.default_rng(1).standard_normal(BLOCK).astype("float32") * 0.02
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.set_value(np.resize(block, parameter.shape))
+    return model
+
+
+def one_step(side, *, shape: str, packs: int, length: int, samples: int) -> dict:
+    """Seconds of a step, of the wall clock and of the processor; the loss before it; the peak memory so far, MB."""
+    arrays = batch(shape, packs=packs, length=length, samples=samples)
+    cpu, begin = time.process_time(), side.device.mark()
+    loss = side.step(arrays)
+    (seconds,) = side.device.seconds([begin, side.device.mark()])
+    return {"seconds": seconds, "cpu": time.process_time() - cpu, "loss": loss, "peak_mb": side.device.peak() / 1e6}
+
+
+SIDES = {OURS: Ours, NLP: PaddleNLP, TORCH: Transformers, FUSED: TransformersFused}
+MEASURES = {"step": one_step}
 
 
 def compare_steps(args: argparse.Namespace) -> None:
-    import paddle
-    import torch
-
-    threads = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    paddle.base.core.set_num_threads(threads)
-    arrays = batch(args.length, args.samples, args.packs)
-    steps = {"aquila_pd": ours(arrays), "transformers": transformers(arrays)}
-    for step in steps.values():
-        step()
-    ratios = []
-    for number in range(args.rounds):
-        seconds = {}
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            seconds[name] = time.perf_counter() - begin
-        ratios.append(seconds["transformers"] / seconds["aquila_pd"])
-        print(f"  round {number + 1}: {ratios[-1]:.2f}", file=sys.stderr, flush=True)
-    print(
-        f"{args.packs} x {args.length} tokens of {args.samples} samples, {threads} threads: transformers' step takes "
-        f"{statistics.median(ratios):.2f} times ours ({min(ratios):.2f} to {max(ratios):.2f} in {args.rounds} rounds)"
-    )
+    """Every side in a process of its own, its steps in turn with the others'."""
+    settings = dict(threads=len(os.sched_getaffinity(0)), recompute=args.recompute, samples=args.samples)
+    given = dict(do="step", shape=args.shape, packs=args.packs, length=args.length, samples=args.samples)
+    found: dict[str, list[dict]] = {side: [] for side in args.sides}
+    with ExitStack() as stack:
+        workers = {}
+        for side in args.sides:
+            asked = dict(module="training", side=side, source=args.shape, settings=settings)
+            workers[side] = Worker(asked, environment={})
+            stack.callback(workers[side].close)
+        for number in range(args.warm_up + args.rounds):
+            for side, worker in workers.items():
+                time.sleep(0.3)  # the others' threads wait in a loop for a moment before they sleep
+                measured = worker.ask(given)
+                if number >= args.warm_up:
+                    found[side].append(measured)
+            print(f"  round {number + 1 - args.warm_up}", file=sys.stderr, flush=True)
+    again = ", recompute" if args.recompute else ""
+    print(f"{args.shape}, {args.packs} x {args.length} tokens, samples in a row: {args.samples}{again}; {machine()}")
+    print(case_table("step", found, args.sides[0]))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), **given, **settings, "rounds": found}, indent=2) + "\n")
 
 
 def padding(args: argparse.Namespace) -> None:
@@ -179,10 +274,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True)
     step = kinds.add_parser("step")
-    step.add_argument("--length", type=int, default=1024, help="places of a pack (default: 1024)")
-    step.add_argument("--samples", type=int, default=4, help="in a pack (default: 4)")
-    step.add_argument("--packs", type=int, default=1, help="of a batch (default: 1)")
+    step.add_argument("--shape", choices=SHAPES, default="0.4b-4", help="of checkpoints.py (default: 0.4b-4)")
+    step.add_argument("--packs", type=int, default=2, help="rows of a batch (default: 2)")
+    step.add_argument("--length", type=int, default=256, help="places of a row (default: 256)")
+    step.add_argument("--samples", type=int, default=1, help="in a row (default: 1)")
+    step.add_argument("--recompute", action="store_true", help="each layer again in the backward pass")
+    step.add_argument("--sides", nargs="+", choices=SIDES, default=[TORCH, FUSED, NLP, OURS], help="default: all")
     step.add_argument("--rounds", type=int, default=5)
+    step.add_argument("--warm-up", type=int, default=WARM_UP, help=f"steps before (default: {WARM_UP})")
+    step.add_argument("--json", type=Path, help="write all figures there")
     step.set_defaults(do=compare_steps)
     share = kinds.add_parser("padding")
     share.add_argument("files", nargs="+")
