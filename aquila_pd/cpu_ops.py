@@ -13,8 +13,9 @@ Letters in shapes: B batch, T query length, S key length, N query heads, K key/v
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
+import numpy as np
 import paddle
 from paddle import _C_ops
 from paddle.autograd import PyLayer
@@ -24,7 +25,7 @@ from . import threads
 from .masks import Mask
 from .rotary import Angles
 
-SCORES = 1 << 22  # attention scores at a time: 16 MB, which the heap gives again without asking the system
+SCORES = 1 << 20  # attention scores at a time: they stay in the cache while they become weights
 SMALL = 1 << 18  # numbers: what is done with fewer is done before a second thread is awake
 
 
@@ -86,25 +87,41 @@ def attention(q, k, v, mask: Mask | None):
         with threads.one():
             return _C_ops.reshape(_softmax_product(q, [part]), [B, 1, N, H])
     rows = min(T, max(16, SCORES // (B * N * S)))
-    blocks = [_block(q, k, v, mask, first, min(first + rows, T)) for first in range(0, T, rows)]
-    return blocks[0] if len(blocks) == 1 else paddle.concat(blocks, axis=1)
+    there, back = _orders(B, T, K, N // K, rows)
+    q = _C_ops.gather(_C_ops.reshape(q, [-1, H]), there, 0)
+    blocks = []
+    for first in range(0, T, rows):
+        t = min(rows, T - first)
+        some = _C_ops.reshape(q[first * B * N : (first + t) * B * N], [B, K, N // K * t, H])
+        y = _softmax_product(some, _parts_of_keys(some, k, v, mask, T, first, t))
+        blocks.append(_C_ops.reshape(y, [-1, H]))
+    y = blocks[0] if len(blocks) == 1 else paddle.concat(blocks)
+    return _C_ops.reshape(_C_ops.gather(y, back, 0), [B, T, N, H])
 
 
-def _block(q, k, v, mask: Mask | None, first: int, last: int):
-    """Attention of the queries [first, last), already scaled."""
-    B, T, N, H = q.shape
-    K, t = k.shape[1], last - first
-    q = q[:, first:last].reshape([B, t, K, N // K, H]).transpose([0, 2, 3, 1, 4]).reshape([B, K, N // K * t, H])
+@lru_cache(maxsize=16)
+def _orders(B: int, T: int, K: int, G: int, rows: int) -> tuple:
+    """int32 [B*T*K*G] each: which rows of H numbers make, of [B, T, K, G], blocks [B, K, G, t] of t queries one after
+    the other, and back again. (transpose moves single numbers, and takes eight times as long.)"""
+    places = np.arange(B * T * K * G, dtype=np.int32).reshape(B, T, K, G)
+    blocks = [places[:, first : first + rows].transpose(0, 2, 3, 1).reshape(-1) for first in range(0, T, rows)]
+    there = np.concatenate(blocks)
+    back = np.empty_like(there)
+    back[there] = np.arange(len(there), dtype=np.int32)
+    return paddle.to_tensor(there), paddle.to_tensor(back)
+
+
+def _parts_of_keys(q, k, v, mask: Mask | None, T: int, first: int, t: int) -> list:
+    """The keys that queries [first, first + t) of T may look at, as parts (k, v, bias)."""
+    B, K = k.shape[:2]
+    G = q.shape[2] // t
     if mask is None:
-        parts = [(k, v, None)]
-    elif mask.end is None:
-        parts = [(k, v, mask.block_bias(B, K, N // K, first, last))]
-    else:
-        low = mask.end - T + first  # keys before the block's own
-        parts = [(k[:, :, :low], v[:, :, :low], None)] if low else []
-        parts.append((k[:, :, low : low + t], v[:, :, low : low + t], mask.triangle(B, K, N // K, t)))
-    y = _softmax_product(q, parts)  # [B, K, G*t, H]
-    return y.reshape([B, K, N // K, t, H]).transpose([0, 3, 1, 2, 4]).reshape([B, t, N, H])
+        return [(k, v, None)]
+    if mask.end is None:
+        return [(k, v, mask.block_bias(B, K, G, first, first + t))]
+    low = mask.end - T + first  # keys before the block's own
+    before = [(k[:, :, :low], v[:, :, :low], None)] if low else []
+    return [*before, (k[:, :, low : low + t], v[:, :, low : low + t], mask.triangle(B, K, G, t))]
 
 
 def _softmax_product(q, parts: list):
