@@ -7,6 +7,9 @@ DEMO := $(VENV)/.demo
 NODE := $(VENV)/.node
 OPENAI_NPM := 7.57.0
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Two processes, each with whole files of tests; JOBS=0 runs them in one, in order.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 PYTEST_ARGS ?=
 VOCAB ?= ../shared/tokenizer
 BENCH_ARGS ?=
@@ -34,10 +37,10 @@ $(STAMP): setup.py pyproject.toml aquila_pd/versions.py requirements/tested.txt
 	@echo "Installed: $$($(BIN)/python -V), $$($(BIN)/python -m pip list 2>/dev/null | tail -n +3 | wc -l) packages."
 
 test: $(DEMO) $(NODE)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 check: lint
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -117,6 +117,7 @@ PINS = (
     Pin("py3langid", "==0.2.2", "0.2.2", "tells languages apart; the last that works with NumPy 1", extra="sft"),
     Pin("pytest", "==9.2.0", "9.2.0", "runs the tests", extra="test"),
     Pin("pytest-timeout", ">=2.4", "2.4.0", "ends a test that hangs", extra="test"),
+    Pin("pytest-xdist", ">=3.8", "3.8.0", "runs the tests in two processes", extra="test"),
     Pin("hypothesis", "==6.170.15", "6.170.15", "makes damaged files for the tests", extra="test"),
     Pin("bitsandbytes", "==0.50.2", "0.50.2", "writes genuine NF4 checkpoints for the tests", extra="test"),
     Pin("peft", "==0.17.1", "0.17.1", "the LoRA that ours is compared with", extra="test"),
