@@ -26,7 +26,7 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
 MODEL = (
     {"configuration", "masks", "cache", "cross_entropy", "threads", "tokenizer", "tokenizer_chat"},
     {"rotary"},
-    {"cpu_ops"},
+    {"cpu_ops", "training_ops"},
     {"fusion_ops"},
     {"paddlenlp_generate"},
     {"model_files"},

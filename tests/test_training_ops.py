@@ -1,0 +1,47 @@
+"""Attention with its gradient by hand is the plain twin: values and gradients."""
+
+import numpy as np
+import paddle
+import pytest
+from twins import assert_close
+
+from aquila_pd import fusion_ops, training_ops
+from aquila_pd.masks import PackedMask
+
+B, N, K, H = 2, 6, 2, 8
+ROUNDING = 5e-6  # float32, values near 4, sums of at most 40 products in another order
+ONE = [[1] * 40, [1] * 40]
+SEVERAL = [[1] * 17 + [2] * 20 + [0] * 3, [1] * 3 + [2] + [3] * 36]
+
+
+def both(function, segments):
+    rng = np.random.default_rng(0)
+    shapes = ([B, 40, N, H], [B, K, 40, H], [B, K, 40, H])
+    given = [paddle.to_tensor(rng.standard_normal(s).astype("float32"), stop_gradient=False) for s in shapes]
+    upstream = paddle.to_tensor(rng.standard_normal(shapes[0]).astype("float32"))
+    y = function(*given, PackedMask(paddle.to_tensor(segments)))
+    y.backward(upstream)
+    return [y.numpy(), *(tensor.grad.numpy() for tensor in given)]
+
+
+@pytest.mark.parametrize("segments", [ONE, SEVERAL])
+@pytest.mark.parametrize("block", [7, 16, 40, 64])
+def test_attention_and_its_gradients_are_the_plain_twins(monkeypatch, segments, block):
+    monkeypatch.setattr(training_ops, "QUERY_BLOCK", block)
+    right = both(fusion_ops.packed_attention, segments)
+    for name, a, b in zip("yqkv", both(training_ops.packed_attention, segments), right, strict=True):
+        assert_close(a, b, ROUNDING, name)
+
+
+def test_control_samples_that_see_each_other_are_noticed():
+    wrong = both(training_ops.packed_attention, ONE)
+    for a, b in zip(wrong, both(fusion_ops.packed_attention, SEVERAL), strict=True):
+        assert np.abs(a - b).max() > 1e4 * ROUNDING
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_nan_stays_nan(which):
+    given = [paddle.ones(s) for s in ([1, 5, N, H], [1, K, 5, H], [1, K, 5, H])]
+    given[which][0, 1, 1] = float("nan")
+    y = training_ops.packed_attention(*given, PackedMask(paddle.ones([1, 5], "int64")))
+    assert np.isnan(y.numpy()).any()
