@@ -26,6 +26,7 @@ from .masks import Mask
 from .rotary import Angles
 
 SCORES = 1 << 20  # attention scores at a time: they stay in the cache while they become weights
+FEW, LARGE = 8, 1 << 22  # rows, and numbers of a weight: measured in benchmarks/RESULTS.md
 SMALL = 1 << 18  # numbers: what is done with fewer is done before a second thread is awake
 
 
@@ -153,29 +154,19 @@ def _ones(size: int):
 def product(x, weight):
     """x [..., in] @ weight [in, out], for a model that only runs.
 
-    MKL gives one row to one thread, which cannot read memory as fast as two. Cut in parts along `in`, which costs no
-    copy, it is a batch of products whose results are added.
+    MKL gives one row to one thread, which cannot read memory as fast as two, and with a few rows it copies the weight
+    first. Cut in parts along `in`, which costs no copy, it is a batch of products whose results are added.
     """
     in_, out = weight.shape
     *rows, _ = x.shape
-    parts = _parts(in_) if math.prod(rows) == 1 else 1
+    R = math.prod(rows)
+    parts = _parts(in_) if R == 1 or (R <= FEW and in_ * out >= LARGE) else 1
     if parts == 1:
         return _C_ops.matmul(x, weight, False, False)
-    x = _C_ops.reshape(x, [parts, 1, in_ // parts])
+    x = _C_ops.reshape(x, [R, parts, in_ // parts])
+    x = _C_ops.transpose(x, [1, 0, 2]) if R > 1 else _C_ops.reshape(x, [parts, 1, in_ // parts])
     y = _C_ops.matmul(x, _C_ops.reshape(weight, [parts, in_ // parts, out]), False, False)
     return _C_ops.reshape(_C_ops.sum(y, [0], None, False), [*rows, out])
-
-
-def product_transposed(x, weight):
-    """x [..., in] @ weight^T, weight [out, in]: as `product`, cut in parts along `out`, which are put side by side."""
-    out, in_ = weight.shape
-    *rows, _ = x.shape
-    parts = _parts(out) if math.prod(rows) == 1 else 1
-    if parts == 1:
-        return _C_ops.matmul(x, weight, False, True)
-    x = paddle.expand(_C_ops.reshape(x, [1, in_, 1]), [parts, in_, 1])
-    y = _C_ops.matmul(_C_ops.reshape(weight, [parts, out // parts, in_]), x, False, False)
-    return _C_ops.reshape(y, [*rows, out])
 
 
 def _parts(size: int) -> int:

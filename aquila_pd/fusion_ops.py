@@ -151,11 +151,11 @@ def fused_packed_attention(q, k, v, mask: PackedMask):
     return F.flashmask_attention(q, k, v, startend_row_indices=hidden_from, causal=True)
 
 
-def product(x, weight, *, transposed: bool = False):
-    """x [..., in] @ weight [in, out], or transposed [out, in], in a model that only runs. Returns [..., out]."""
+def product(x, weight):
+    """x [..., in] @ weight [in, out] -> [..., out]."""
     if not paddle.is_grad_enabled() and weight.place.is_cpu_place():
-        return (cpu_ops.product_transposed if transposed else cpu_ops.product)(x, weight)
-    return paddle.matmul(x, weight, transpose_y=transposed)
+        return cpu_ops.product(x, weight)
+    return paddle.matmul(x, weight)
 
 
 # ------------------------------------------------------------------- projections that share one input

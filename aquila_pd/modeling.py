@@ -331,7 +331,7 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         if self._turned_head and not paddle.is_grad_enabled():
             return product(x, *self._turned_head)
         if self.config.tie_word_embeddings:
-            return product(x, self.aquila.embed_tokens.weight, transposed=True).astype("float32")
+            return paddle.matmul(x, self.aquila.embed_tokens.weight, transpose_y=True).astype("float32")
         return product(x, self.lm_head.weight).astype("float32")
 
     def summed_loss(self, x, labels, logits=None, places=None):

@@ -95,19 +95,20 @@ def test_rope_equals_the_plain_twin_forward_and_backward():
         assert_close(found, expected.numpy(), 1e-6)
 
 
-@pytest.mark.parametrize("rows", [(1, 1), (1,), (1, 3), (2, 1)])
+@pytest.mark.parametrize("rows", [(1, 1), (1,), (1, 3), (2, 2), (3, 3)])
 @pytest.mark.parametrize(("in_", "out"), [(32, 24), (30, 7), (9, 8)])
 @paddle.no_grad()
-def test_a_product_in_parts_is_the_product(count, rows, in_, out):
+def test_a_product_in_parts_is_the_product(count, monkeypatch, rows, in_, out):
+    monkeypatch.setattr(cpu_ops, "LARGE", 64)  # numbers: all but the smallest
     x, weight = normal(*rows, in_), normal(in_, out, seed=1)
     expected = x.numpy() @ weight.numpy()
     assert_close(cpu_ops.product(x, weight), expected, 1e-5)
-    assert_close(cpu_ops.product_transposed(x, weight.t().contiguous()), expected, 1e-5)
     assert cpu_ops.product(x, weight).shape == [*rows, out]
 
 
 @paddle.no_grad()
-def test_parts_are_of_one_row_and_as_many_as_threads(count, monkeypatch):
+def test_there_are_as_many_parts_as_threads(count, monkeypatch):
+    monkeypatch.setattr(cpu_ops, "LARGE", 256)
     seen = []
     matmul = cpu_ops._C_ops.matmul
 
@@ -122,7 +123,10 @@ def test_parts_are_of_one_row_and_as_many_as_threads(count, monkeypatch):
     monkeypatch.setattr(cpu_ops, "_C_ops", Spy())
     cpu_ops.product(normal(1, 1, 32), normal(32, 8))
     cpu_ops.product(normal(1, 3, 32), normal(32, 8))
-    assert seen == [[1, 1, 32] if count == 1 else [count, 1, 32 // count], [1, 3, 32]]
+    cpu_ops.product(normal(1, 3, 32), normal(32, 7))  # a small weight
+    cpu_ops.product(normal(3, 3, 32), normal(32, 8))  # many rows
+    one, three = ([1, 1, 32], [1, 3, 32]) if count == 1 else ([count, 1, 32 // count], [count, 3, 32 // count])
+    assert seen == [one, three, [1, 3, 32], [3, 3, 32]]
 
 
 def test_a_fused_model_says_the_same_with_any_number_of_threads(count):
