@@ -24,11 +24,12 @@ from .cache import KVCache
 from .configuration import AquilaConfig
 from .cross_entropy import linear_cross_entropy
 from .errors import AquilaError, InstallationError
-from .fusion_ops import Ops, attention_with_weights, product, select
+from .fusion_ops import Ops, attention_with_weights, select
 from .heap import keep_freed_memory
 from .masks import Mask, PackedMask, causal_mask, full_mask, hide_beyond, keep_mask, positions
 from .paddlenlp_generate import AquilaGeneration
 from .pretrained import AquilaPretrainedModel
+from .projections import product
 from .rotary import Angles, RotaryEmbedding
 
 keep_freed_memory()  # who imports this module computes: the results of its operations are large, and soon free again

@@ -20,8 +20,8 @@ from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 
 from .configuration import AquilaConfig
 from .errors import CheckpointError, ConfigError, OutputError, report
-from .fusion_ops import FusedLinear, fuse, unfuse
 from .model_files import NEW_HEAD, PREFIX, SAFETENSORS, check_plain, dtype_of, give, load_weights, save_weights
+from .projections import FusedLinear, fuse, unfuse
 from .reading import empty
 from .shards import DEFAULT_SHARD_SIZE
 from .weight_map import BASE_MODEL_PREFIX, weights

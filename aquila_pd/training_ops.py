@@ -71,6 +71,7 @@ class _PackedAttention(PyLayer):
     @staticmethod
     def forward(ctx, q, k, v, blocks: list[_Block]):
         heads = _by_key_head(q * q.shape[-1] ** -0.5, k.shape[1])  # [B, K, G, T, H]
+        ctx.wanted = [not x.stop_gradient for x in (q, k, v)]  # with adapters on some projections, not of all
         ctx.blocks, ctx.logs, outputs = blocks, [], []
         for block in blocks:
             y, logs = _attended(_rows(heads, block), k, v, block)
@@ -97,7 +98,8 @@ class _PackedAttention(PyLayer):
                 of_block = paddle.matmul(ds, k[:, :, keys]) + of_block
                 dk[:, :, keys] = dk[:, :, keys] + paddle.matmul(ds, rows, transpose_x=True)
             dq.append(_unrows(of_block, block))
-        return _by_token(dq, q.shape).scale_(scale), dk, dv
+        gradients = _by_token(dq, q.shape).scale_(scale), dk, dv
+        return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, ctx.wanted, strict=True))
 
 
 def _attended(rows, k, v, block: _Block):

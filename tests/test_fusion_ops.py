@@ -7,7 +7,7 @@ import paddle
 import pytest
 from twins import assert_close, ids, paddle_model, shifted, torch_model
 
-from aquila_pd import fusion_ops
+from aquila_pd import fusion_ops, projections
 from aquila_pd.errors import AquilaError
 from aquila_pd.fusion_ops import TWINS, Choice
 from aquila_pd.masks import Mask, causal_mask
@@ -155,7 +155,7 @@ def test_fused_projections_change_neither_numbers_nor_names():
 
     model.fuse_projections()
     attention = model.aquila.layers[0].self_attn
-    assert isinstance(attention.qkv_proj, fusion_ops.FusedLinear) and not hasattr(attention, "q_proj")
+    assert isinstance(attention.qkv_proj, projections.FusedLinear) and not hasattr(attention, "q_proj")
     assert_close(model(tokens)[0], logits, 1e-5)
     after = model.state_dict()
     assert set(after) == set(before)
@@ -164,7 +164,7 @@ def test_fused_projections_change_neither_numbers_nor_names():
     assert attention.qkv_proj.weight.grad.shape == [32, 48]
 
     model.set_state_dict({name: paddle.to_tensor(value * 0.5) for name, value in before.items()})
-    assert isinstance(attention.qkv_proj, fusion_ops.FusedLinear)
+    assert isinstance(attention.qkv_proj, projections.FusedLinear)
     model.set_state_dict({name: paddle.to_tensor(value) for name, value in before.items()})
     assert_close(model(tokens)[0], logits, 1e-5)
 

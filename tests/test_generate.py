@@ -7,7 +7,7 @@ import torch
 from twins import KINDS, assert_close, ids, paddle_model, pair, torch_model
 
 from aquila_pd.errors import GenerationError
-from aquila_pd.fusion_ops import FusedLinear
+from aquila_pd.projections import FusedLinear
 
 NEW = 12
 

@@ -27,7 +27,7 @@ MODEL = (
     {"configuration", "masks", "cache", "cross_entropy", "threads", "tokenizer", "tokenizer_chat"},
     {"rotary"},
     {"cpu_ops", "training_ops"},
-    {"fusion_ops"},
+    {"fusion_ops", "projections"},
     {"paddlenlp_generate"},
     {"model_files"},
     {"pretrained"},

@@ -9,7 +9,7 @@ import pytest
 from twins import assert_close, ids, paddle_model, torch_model
 
 from aquila_pd import AquilaForCausalLM
-from aquila_pd.fusion_ops import FusedLinear
+from aquila_pd.projections import FusedLinear
 from aquila_pd.reading import BLOCK, Maps, empty, read_into
 from aquila_pd.shards import DTYPES, read_layout, save_tensors, view
 

@@ -45,3 +45,21 @@ def test_nan_stays_nan(which):
     given[which][0, 1, 1] = float("nan")
     y = training_ops.packed_attention(*given, PackedMask(paddle.ones([1, 5], "int64")))
     assert np.isnan(y.numpy()).any()
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_what_needs_no_gradient_gets_none_and_the_others_theirs(frozen):
+    """As with adapters on some of the projections, in the first layer."""
+
+    def run(function):
+        given = [paddle.to_tensor(x, stop_gradient=i == frozen) for i, x in enumerate(arrays)]
+        function(*given, PackedMask(paddle.to_tensor(SEVERAL))).sum().backward()
+        return [None if x.grad is None else x.grad.numpy() for x in given]
+
+    rng = np.random.default_rng(1)
+    arrays = [rng.standard_normal(s).astype("float32") for s in ([B, 40, N, H], [B, K, 40, H], [B, K, 40, H])]
+    found, right = run(training_ops.packed_attention), run(fusion_ops.packed_attention)
+    assert [x is None for x in found] == [i == frozen for i in range(3)]
+    for a, b in zip(found, right, strict=True):
+        if b is not None:
+            assert_close(a, b, ROUNDING)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from paddle import nn
 
 from ..errors import AquilaError, ConfigError
-from ..fusion_ops import FusedLinear
+from ..projections import FusedLinear
 from ..weight_map import LAYER
 
 ALL = "all"
