@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aquila_pd import training_ops
 from aquila_pd.cross_entropy import BLOCK_BYTES
 from aquila_pd.errors import DataError
 from aquila_pd.sft.batches import Packs, Steps
@@ -17,7 +18,17 @@ from aquila_pd.sft.data.samples import Samples, SamplesWriter
 from aquila_pd.sft.data.settings import DataSpec, Source
 from aquila_pd.sft.dry_run import dry_run
 from aquila_pd.sft.estimate import GIB, Machine, Model, estimate, large, stage_info
-from aquila_pd.sft.estimate_memory import LOGITS_AT_ONCE, NF4_BYTES, Rows, activations, layer_values, logits, memory
+from aquila_pd.sft.estimate_memory import (
+    LOGITS_AT_ONCE,
+    NF4_BYTES,
+    QUERY_BLOCK,
+    Rows,
+    activations,
+    layer_values,
+    logits,
+    memory,
+    scores,
+)
 from aquila_pd.sft.estimate_rows import BYTES_PER_TOKEN, amount
 from aquila_pd.sft.flops import adapter_parameters, parameters, projections, trained_parameters, work
 from aquila_pd.sft.recipe import LoraSpec, Stage, load_recipe
@@ -252,8 +263,9 @@ def test_a_process_on_a_cpu_holds_about_what_is_estimated(again):
         cwd=Path(__file__).resolve().parents[1],
     )
     assert done.returncode == 0, done.stderr
-    held = activations(dims, length, half=False, again=again, scores=4 * length / 2)
-    held += logits(dims, length, half=False)
+    held = activations(dims, length, half=False, again=again, fused=False)
+    held += logits(dims, length, half=False) + scores(4, length)
+    assert training_ops.QUERY_BLOCK == QUERY_BLOCK
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(held, rel=0.25)
 
 

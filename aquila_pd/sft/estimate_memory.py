@@ -16,8 +16,8 @@ GRADIENT, MOMENTS, MASTER = 4, 8, 4
 LOGITS_AT_ONCE = 256 * 2**20  # bytes of them in float32 (cross_entropy.py)
 LOGIT_BYTES = {True: 8, False: 4}  # half precision or not: logits, which become gradients; cast from and to half
 UNPACKED = 3 * 2**26  # bytes: a strip of an NF4 weight while it is made
+QUERY_BLOCK = 256  # training_ops.py's, which is not imported: it brings Paddle
 CONTEXT = 1.5 * GB  # of the driver, libraries and workspaces on a GPU: an assumption
-PLAIN_SEES_MORE = 1.15  # keys that plain attention looks at for each that a query sees: whole blocks
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,15 @@ class Rows:
 def memory(stage: Stage, dims: Dims, rows: Rows, *, heads: int, devices: int, half: bool, gpu: bool) -> Memory:
     """What one device holds at the peak of a step.
 
-    heads: of attention. half: computes in bfloat16. gpu: with fused kernels; without, plain operations keep more of
-    what they computed.
+    heads: of attention. half: computes in bfloat16. gpu: with fused kernels; without, plain operations keep more of what
+    they computed.
     """
     tokens = stage.micro_batch * stage.length
     parts = {
         **_weights(stage, dims, devices, half),
-        "activations": activations(
-            dims, tokens, half=half, again=stage.recompute, scores=0 if gpu else heads * rows.keys
-        ),
+        "activations": activations(dims, tokens, half=half, again=stage.recompute, fused=gpu),
         "logits": logits(dims, tokens * rows.labels, half=half, summed=stage.method == "full"),
+        "scores": 0 if gpu else scores(heads, tokens),
     }
     if stage.method != "full":
         parts["activations"] += _of_adapters(stage, dims, tokens, half)
@@ -80,18 +79,20 @@ def _weights(stage: Stage, dims: Dims, devices: int, half: bool) -> dict[str, fl
     }
 
 
-def activations(dims: Dims, tokens: int, *, half: bool, again: bool, scores: float = 0) -> float:
-    """Bytes of what the forward pass keeps for the backward pass.
+def activations(dims: Dims, tokens: int, *, half: bool, again: bool, fused: bool = True) -> float:
+    """Bytes of what the forward pass keeps for the backward pass. Scores of attention are made again there.
 
-    again: with recompute, the input of each layer, and all of one layer. scores: of attention, heads * places that a
-    token attends to, where no fused kernel spares them and plain operations are used; 0 elsewhere.
+    again: with recompute, the input of each layer, and all of one layer. fused: with fused kernels, which keep less.
     """
     size = 2 if half else 4
-    layer = tokens * layer_values(dims, fused=not scores) * size
-    if scores:  # scores, their softmax and a copy in float32; blocks of queries see whole blocks of keys
-        layer += tokens * 3 * 4 * scores * PLAIN_SEES_MORE
+    layer = tokens * layer_values(dims, fused=fused) * size
     inputs = dims.layers * tokens * dims.d * size
     return inputs + layer if again else dims.layers * layer
+
+
+def scores(heads: int, tokens: int) -> float:
+    """Bytes of the scores of a block of queries, their gradient and two products, while plain operations make them."""
+    return 4 * 4 * heads * QUERY_BLOCK * tokens
 
 
 def layer_values(dims: Dims, *, fused: bool) -> float:
