@@ -46,8 +46,8 @@ class Rows:
 def memory(stage: Stage, dims: Dims, rows: Rows, *, heads: int, devices: int, half: bool, gpu: bool) -> Memory:
     """What one device holds at the peak of a step.
 
-    heads: of attention. half: computes in bfloat16. gpu: with fused kernels; without, plain operations keep more of what
-    they computed.
+    heads: of attention. half: computes in bfloat16. gpu: with fused kernels; without, plain operations keep more of
+    what they computed.
     """
     tokens = stage.micro_batch * stage.length
     parts = {
