@@ -100,10 +100,12 @@ class TorchGPU(Host):
 
 
 def paddle_device(threads: int) -> Host:
-    """What Paddle computes on; sets the number of threads."""
+    """What Paddle computes on; sets the number of threads, in the way that ours asks for it too."""
     import paddle
 
-    paddle.base.core.set_num_threads(threads)
+    from aquila_pd import threads as thread_count
+
+    thread_count.use(threads)
     return PaddleGPU() if paddle.device.get_device().startswith("gpu") else Host()
 
 

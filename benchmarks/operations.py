@@ -18,6 +18,7 @@ import paddle  # noqa: E402
 from harness import machine  # noqa: E402
 
 import aquila_pd  # noqa: E402, F401  before paddle, for its choice of matrix kernels
+from aquila_pd import threads  # noqa: E402
 from aquila_pd.fusion_ops import TWINS  # noqa: E402
 from aquila_pd.masks import causal_mask  # noqa: E402
 
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of Paddle on a CPU (default: 1)")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    paddle.base.core.set_num_threads(args.threads)
+    threads.use(args.threads)
     paddle.seed(0)
     T = args.tokens
     print(f"{paddle.device.get_device()}, {args.threads} threads; {machine()}\n")

@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 from paddlenlp.utils.log import logger
 
-from ... import shards
+from ... import shards, threads
 from ...configuration import AquilaConfig
 from ...fusion_ops import select
 from ...masks import Mask
@@ -23,7 +23,7 @@ class Ours:
     """The Paddle model in float32, one layer in memory at a time. held: the folder's tensors by Paddle name."""
 
     def __init__(self, folder: Path, held: Mapping[str, TensorInfo], length: int):
-        paddle.base.core.set_num_threads(count_workers(None))
+        threads.use(count_workers(None))
         logger.set_level("WARNING")
         self.config = AquilaConfig.from_pretrained(str(folder))
         self._held, self._ops = held, select()
