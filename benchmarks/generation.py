@@ -28,9 +28,8 @@ class Ours:
         from aquila_pd.modeling import AquilaForCausalLM
 
         self.device = paddle_device(threads)
-        self.model = AquilaForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model = AquilaForCausalLM.from_pretrained(folder, dtype=dtype, fused=True)
         self.model.eval()
-        self.model.fuse_projections()
         chosen = dict(temperature=0.8, top_p=0.9, seed=1) if sampling else dict(temperature=0)
         self.params = lambda new: SamplingParams(max_new_tokens=new, **chosen)
         self.engines, self.draws = {}, sampling
