@@ -147,6 +147,11 @@ def test_one_thread_is_for_a_while(monkeypatch):
     with pytest.raises(KeyError), threads.one():
         raise KeyError
     assert said == [3, 1, 3] and threads.count() == 3
+    with threads.one():
+        with threads.one():
+            pass
+        assert said == [3, 1, 3, 1], "the inner one leaves it at one"
+    assert said.pop() == 3 and said.pop() == 1
     threads.use(1)
     with threads.one():
         assert said == [3, 1, 3, 1]

@@ -7,7 +7,7 @@ import paddle
 import pytest
 from generation_reference import KINDS, Reference, greedy, some_ids, tiny_model
 
-from aquila_pd import threads
+from aquila_pd import cpu_ops, threads
 from aquila_pd.generation import Engine, strands
 
 
@@ -122,6 +122,18 @@ def test_an_error_of_one_part_ends_all_and_is_the_one_that_is_raised():
         strands.run([lambda order: order.gate(0)(0), fails, waits])
     assert threading.active_count() <= before + 2, "the pool's threads stay, and no others"
     assert strands.run([lambda order: 1, lambda order: 2, lambda order: 3]) == [1, 2, 3], "and work again"
+
+
+def test_small_norms_inside_do_not_give_the_parts_more_threads(monkeypatch):
+    """They ask for one thread and end: the others' products would get all of them again."""
+    said = []
+    monkeypatch.setattr(threads.paddle.base.core, "set_num_threads", said.append)
+
+    def norm(order):
+        return cpu_ops.rms_norm(paddle.ones([4, 8]), paddle.ones([8]), 1e-5)
+
+    strands.run([norm] * 3)
+    assert [count for count in said if count != 1] == [3], "at the end"
 
 
 def test_parts_make_no_graph_and_leave_the_number_of_threads(monkeypatch):
