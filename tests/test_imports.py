@@ -48,7 +48,7 @@ ALLOWED = {
     ("checkpoint.verify.logits", "modeling"): "the proof by logits runs the Paddle model",
     **{
         ("checkpoint.verify.paddle_side", name): "the proof layer by layer runs the Paddle model's layers"
-        for name in ("configuration", "fusion_ops", "masks", "modeling", "rotary")
+        for name in ("configuration", "fusion_ops", "masks", "modeling", "rotary", "threads")
     },
 }
 # Below the model, and yet each made of a framework: imported inside a function, when a proof runs both.

@@ -24,10 +24,10 @@ from aquila_pd.sft.estimate_memory import (
     QUERY_BLOCK,
     Rows,
     activations,
+    in_flight,
     layer_values,
     logits,
     memory,
-    scores,
 )
 from aquila_pd.sft.estimate_rows import BYTES_PER_TOKEN, amount
 from aquila_pd.sft.flops import adapter_parameters, parameters, projections, trained_parameters, work
@@ -264,7 +264,7 @@ def test_a_process_on_a_cpu_holds_about_what_is_estimated(again):
     )
     assert done.returncode == 0, done.stderr
     held = activations(dims, length, half=False, again=again, fused=False)
-    held += logits(dims, length, half=False) + scores(4, length)
+    held += logits(dims, length, half=False) + in_flight(dims, 4, length)
     assert training_ops.QUERY_BLOCK == QUERY_BLOCK
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(held, rel=0.25)
 

@@ -54,7 +54,7 @@ def memory(stage: Stage, dims: Dims, rows: Rows, *, heads: int, devices: int, ha
         **_weights(stage, dims, devices, half),
         "activations": activations(dims, tokens, half=half, again=stage.recompute, fused=gpu),
         "logits": logits(dims, tokens * rows.labels, half=half, summed=stage.method == "full"),
-        "scores": 0 if gpu else scores(heads, tokens),
+        "in flight": 0 if gpu else in_flight(dims, heads, tokens),
     }
     if stage.method != "full":
         parts["activations"] += _of_adapters(stage, dims, tokens, half)
@@ -90,9 +90,10 @@ def activations(dims: Dims, tokens: int, *, half: bool, again: bool, fused: bool
     return inputs + layer if again else dims.layers * layer
 
 
-def scores(heads: int, tokens: int) -> float:
-    """Bytes of the scores of a block of queries, their gradient and two products, while plain operations make them."""
-    return 4 * 4 * heads * QUERY_BLOCK * tokens
+def in_flight(dims: Dims, heads: int, tokens: int) -> float:
+    """Bytes of what plain operations of a backward pass hold while they run: the scores of a block of queries, their
+    gradient and two products; the gradients of the MLP's gate and of what it opens for."""
+    return 4 * (4 * heads * QUERY_BLOCK * tokens + 2 * dims.ff * tokens)
 
 
 def layer_values(dims: Dims, *, fused: bool) -> float:
