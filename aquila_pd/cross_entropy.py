@@ -100,9 +100,16 @@ def _exponentials(part, labels):
     highest = part.max(axis=-1, keepdim=True)
     part.subtract_(highest)
     part.exp_()
-    # A product with ones: Paddle's sum over the last axis takes four times as long, see benchmarks/RESULTS.md.
-    sums = paddle.matmul(part, paddle.ones([part.shape[1], 1]))
+    sums = _row_sums(part)
     return (sums.log() + highest - at_label).sum(), sums
+
+
+def _row_sums(part):
+    """[rows, V] -> [rows, 1]"""
+    if not part.place.is_cpu_place():
+        return part.sum(axis=-1, keepdim=True)  # a GPU may round the factors of a float32 product to TF32
+    # On a CPU the sum over the last axis takes four times as long as a product with ones (benchmarks/RESULTS.md).
+    return paddle.matmul(part, paddle.ones([part.shape[1], 1]))
 
 
 def _at(part, labels):

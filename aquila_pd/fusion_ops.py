@@ -9,9 +9,9 @@ Letters in shapes: B batch, T query length, S key length, D hidden, N query head
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import paddle
@@ -181,7 +181,6 @@ class _Twins:
     samples: Callable[[str], list[tuple]]  # dtype -> lists of arguments for the probe, each of another shape
     differentiated: int  # so many of the arguments get gradients
     equal_share: float = 0.0  # of half-precision values that must be the plain twin's to the last bit
-    slower_on: Mapping[str, str] = field(default_factory=dict)  # device type -> what was measured there
     half_only: bool = False  # the kernel computes in half precision, so a device that does not has no use for it
     on_cpu: Callable | None = None  # what a CPU takes in place of `fused`
     no_backward_on: tuple[str, ...] = ()  # device types where the fused twin is for a model that only runs
@@ -247,7 +246,6 @@ TWINS = (
         differentiated=2,
         equal_share=0.98,
         on_cpu=cpu_ops.rms_norm,
-        no_backward_on=("cpu",),
     ),
     _Twins("rope", rope, fused_rope, _rope_samples, differentiated=2, on_cpu=cpu_ops.rope),
     _Twins(
@@ -256,7 +254,7 @@ TWINS = (
         fused_swiglu,
         _swiglu_samples,
         differentiated=2,
-        slower_on={"cpu": "its kernel takes twice as long as two operations (benchmarks/RESULTS.md)"},
+        on_cpu=cpu_ops.swiglu,
     ),
     _Twins(
         "attention",
@@ -333,8 +331,6 @@ def _choose(twins: _Twins, device: str) -> Choice:
     if _mode != "auto":
         return Choice(twins.name, _mode, "asked for")
     device_type = device.split(":")[0]
-    if device_type in twins.slower_on:
-        return Choice(twins.name, "plain", f"{device}: {twins.slower_on[device_type]}")
     backward = device_type not in twins.no_backward_on
     # One verdict for all dtypes, since a model may compute in several (mixed precision).
     probed = []

@@ -1,4 +1,4 @@
-"""Which matrix kernels Paddle's bundled MKL picks on this processor. Standard library only.
+"""Which matrix kernels Paddle's bundled MKL picks on this processor, and how its threads wait. Standard library only.
 
 Not here: anything that needs Paddle, and any measuring (aquila_pd.doctor measures).
 """
@@ -19,6 +19,12 @@ AVX512, AVX2 = "7", "5"
 NEEDS = {AVX512: {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}, AVX2: {"avx2", "fma"}}
 FIRST_BLOCK = 16_384  # bytes of /proc/cpuinfo: the first processor takes 2 to 4 thousand, a hundred more follow it
 CPUINFO = Path("/proc/cpuinfo")
+
+# Of the OpenMP library that Paddle bundles: milliseconds for which a thread without work looks for some before it
+# sleeps. Its own 200 keep a core busy that may be half of the working thread's own, or that others could use: with 1 a
+# training step takes 0.92 of the time, and decoding no longer (benchmarks/RESULTS.md).
+BLOCKTIME, SHORT = "KMP_BLOCKTIME", "1"
+WAIT_POLICY = "OMP_WAIT_POLICY"
 
 log = logging.getLogger("aquila_pd")
 
@@ -100,6 +106,12 @@ def prefer_fast_kernels(environ: MutableMapping[str, str] = os.environ) -> Decis
             environ[VARIABLE] = _last.value
         log.info("Matrix kernels %s. %s", _last.action, _last.reason)
     return _last
+
+
+def let_threads_sleep(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have threads without work sleep soon, unless the user has said how they shall wait; before Paddle computes."""
+    if WAIT_POLICY not in environ:
+        environ.setdefault(BLOCKTIME, SHORT)
 
 
 def last_decision() -> Decision | None:

@@ -6,7 +6,7 @@ The package imports it first, and so does modeling.py, for a converted folder th
 import logging
 import warnings
 
-from .processor import prefer_fast_kernels
+from .processor import let_threads_sleep, prefer_fast_kernels
 from .registration import register_when_needed
 
 
@@ -18,6 +18,7 @@ def _leave_out_known_noise() -> None:
 
 
 prefer_fast_kernels()
+let_threads_sleep()
 _leave_out_known_noise()
 register_when_needed()
 READY = True

@@ -1,6 +1,14 @@
-"""How many threads Paddle's products take on a CPU. Paddle can set that and not tell it, so it is set here."""
+"""How many threads Paddle's products take on a CPU, and work that several do at once.
 
+Paddle can set the number and not tell it, so it is set here. Its CPU kernels use one core for all but matrix products,
+and wait for each other after every one of these.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
 
 import paddle
 
@@ -37,3 +45,42 @@ def one():
     finally:
         paddle.base.core.set_num_threads(_count)
         _now = _count
+
+
+def together(works: Sequence[Callable[[], object]]) -> list:
+    """The results of works, each done in a thread of its own, without gradients and with products on one core.
+
+    The first error, in order of works, is raised when all have ended.
+    """
+    if len(works) == 1:
+        with paddle.no_grad():
+            return [works[0]()]
+
+    def without_gradients(work):
+        with paddle.no_grad():  # a thread has a setting of its own
+            return work()
+
+    with one():
+        futures = [_pool(len(works) - 1).submit(without_gradients, work) for work in works[1:]]
+        errors, results = [], []
+        for outcome in (lambda: without_gradients(works[0]), *(future.result for future in futures)):
+            try:
+                results.append(outcome())
+            except BaseException as error:
+                errors.append(error)
+    for error in errors:
+        raise error
+    return results
+
+
+@cache
+def _pool(size: int) -> ThreadPoolExecutor:
+    # A thread's own number of OpenMP threads is that of the machine until somebody says otherwise.
+    return ThreadPoolExecutor(size, "aquila_pd", initializer=lambda: paddle.base.core.set_num_threads(1))
+
+
+def shares(size: int) -> list[slice]:
+    """[0, size) in as many about equal parts as there are threads, or as there are things."""
+    parts = max(1, min(_now, size))
+    ends = [size * part // parts for part in range(parts + 1)]
+    return [slice(begin, end) for begin, end in pairwise(ends)]

@@ -95,6 +95,71 @@ def test_rope_equals_the_plain_twin_forward_and_backward():
         assert_close(found, expected.numpy(), 1e-6)
 
 
+def away_from_one(*shape):
+    return normal(*shape, seed=4) + 3
+
+
+OPERATIONS = {
+    "rms_norm": lambda module: lambda x, weight: module.rms_norm(x, weight, 1e-2),
+    "swiglu": lambda module: module.swiglu,
+}
+INPUTS = {
+    "rms_norm": lambda: [normal(2, 5, 48), away_from_one(48)],
+    "swiglu": lambda: [normal(2, 5, 48), normal(2, 5, 48, seed=1)],
+}
+
+
+def with_gradients(name: str, module, frozen: int | None = None, change=lambda inputs: None):
+    """The operation's value and the gradients of its inputs, None for the frozen one."""
+    given = INPUTS[name]()
+    change(given)
+    for number, tensor in enumerate(given):
+        tensor.stop_gradient = number == frozen
+    y = OPERATIONS[name](module)(*given)
+    (y * normal(*y.shape, seed=5)).sum().backward()
+    return [y.numpy(), *(None if tensor.grad is None else tensor.grad.numpy() for tensor in given)]
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients_by_hand_are_the_plain_twins(name, frozen):
+    expected = with_gradients(name, fusion_ops, frozen)
+    for found, right in zip(with_gradients(name, cpu_ops, frozen), expected, strict=True):
+        assert (found is None) == (right is None)
+        if right is not None:
+            assert_close(found, right, 3e-6)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_control_other_inputs_have_other_gradients(name):
+    def change(inputs):
+        inputs[0][1, 4, 47] += 0.5
+
+    expected = with_gradients(name, fusion_ops)
+    for found, right in zip(with_gradients(name, cpu_ops, change=change), expected, strict=True):
+        assert np.abs(found - right).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_without_gradients_the_value_is_the_plain_twins(name):
+    with paddle.no_grad():
+        expected = OPERATIONS[name](fusion_ops)(*INPUTS[name]()).numpy()
+        assert_close(OPERATIONS[name](cpu_ops)(*INPUTS[name]()), expected, 1e-6)
+    found = OPERATIONS[name](cpu_ops)(*INPUTS[name]())  # frozen inputs: nothing to keep for a backward pass
+    assert_close(found, expected, 1e-6)
+    assert found.stop_gradient
+
+
+def test_rows_are_lowered_in_place_exactly_as_by_a_subtraction():
+    x, rows = normal(2, 3, 7), normal(2, 3, 1, seed=1)
+    rows[0, 1] = float("inf")
+    rows[1, 2] = float("nan")
+    expected = (x - rows).numpy()
+    found = cpu_ops.less_rows_(x, rows)
+    assert found is x
+    np.testing.assert_array_equal(x.numpy(), expected)
+
+
 @pytest.mark.parametrize("rows", [(1, 1), (1,), (1, 3), (2, 2), (3, 3)])
 @pytest.mark.parametrize(("in_", "out"), [(32, 24), (30, 7), (9, 8)])
 @paddle.no_grad()

@@ -1,6 +1,7 @@
 """The processor's choice, the table of versions, doctor and the commands, with invented machines and installations."""
 
 import json
+import os
 import re
 import runpy
 import socket
@@ -90,6 +91,27 @@ def test_the_users_own_value_stays(monkeypatch, tmp_path):
     environ = {"MKL_DEBUG_CPU_TYPE": "4"}
     assert processor.prefer_fast_kernels(environ).action == "left alone"
     assert environ == {"MKL_DEBUG_CPU_TYPE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"KMP_BLOCKTIME": "1"}),
+        ({"KMP_BLOCKTIME": "infinite"}, {"KMP_BLOCKTIME": "infinite"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_sleep_soon_unless_the_user_has_said_how_they_wait(before, after):
+    environ = dict(before)
+    processor.let_threads_sleep(environ)
+    assert environ == after
+
+
+def test_importing_the_package_lets_threads_sleep():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("KMP_", "OMP_"))}
+    code = "import aquila_pd, os; print(os.environ['KMP_BLOCKTIME'])"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "1\n"
 
 
 def test_nothing_is_set_when_paddle_is_already_loaded(monkeypatch, tmp_path):

@@ -67,7 +67,7 @@ def test_attention_equals_the_formula():
 
 
 def _choose(plain, fused, like="swiglu", **changes):
-    changes = {"slower_on": {}, "on_cpu": None, "no_backward_on": (), **changes}
+    changes = {"on_cpu": None, "no_backward_on": (), **changes}
     return fusion_ops._choose(dataclasses.replace(TWIN[like], plain=plain, fused=fused, **changes), "cpu")
 
 
@@ -86,7 +86,6 @@ def test_the_probe_refuses_a_kernel_that_is_wrong_forward_or_backward():
         raise RuntimeError("(NotFound) The kernel `op` is not registered.")
 
     assert "The kernel `op` is not registered" in _choose(plain, broken).reason
-    assert "measured" in _choose(plain, plain, slower_on={"cpu": "measured slower"}).reason
 
 
 def test_the_probe_sees_a_mask_aligned_to_the_wrong_end():

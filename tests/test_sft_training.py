@@ -15,7 +15,7 @@ from twins import assert_close
 from aquila_pd.errors import TrainingError
 from aquila_pd.sft.batches import FIELDS, Packs, Share, Steps
 from aquila_pd.sft.loss import SummedLoss
-from aquila_pd.sft.optimizer import gradients
+from aquila_pd.sft.optimizer import adamw, gradients
 from aquila_pd.sft.recipe import Optim
 from aquila_pd.sft.schedule import learning_rate
 from aquila_pd.sft.trainer import Stopped, arguments
@@ -56,6 +56,16 @@ def test_recompute_does_not_change_the_run(tmp_path):
     again = run(tmp_path / "again", stage(max_steps=6, recompute=True))
     assert_close(np.array(again.losses), np.array(plain.losses), ROUNDING)
     assert_close(*(np.array([r.grad_norm for r in x.steps]) for x in (again, plain)), 1e-5)
+
+
+def test_gradients_are_given_back_after_a_step():
+    model = SummedLoss(tiny_model(stage()))
+    optimizer = adamw(model, Optim(), 1e-3)
+    model(*(paddle.to_tensor(x) for x in ([[5, 6]], [[6, 7]], [[0, 1]], [[1, 1]]))).backward()
+    assert gradients(model.parameters())
+    optimizer.step()
+    optimizer.clear_grad()
+    assert gradients(model.parameters()) == []
 
 
 def test_every_pack_is_trained_on_once_an_epoch_and_the_last_step_may_be_smaller(tmp_path):

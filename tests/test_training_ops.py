@@ -5,7 +5,7 @@ import paddle
 import pytest
 from twins import assert_close
 
-from aquila_pd import fusion_ops, training_ops
+from aquila_pd import fusion_ops, threads, training_ops
 from aquila_pd.masks import PackedMask
 
 B, N, K, H = 2, 6, 2, 8
@@ -27,10 +27,35 @@ def both(function, segments):
 @pytest.mark.parametrize("segments", [ONE, SEVERAL])
 @pytest.mark.parametrize("block", [7, 16, 40, 64])
 def test_attention_and_its_gradients_are_the_plain_twins(monkeypatch, segments, block):
-    monkeypatch.setattr(training_ops, "QUERY_BLOCK", block)
+    monkeypatch.setattr(training_ops, "BLOCK", block)
     right = both(fusion_ops.packed_attention, segments)
     for name, a, b in zip("yqkv", both(training_ops.packed_attention, segments), right, strict=True):
         assert_close(a, b, ROUNDING, name)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_heads_are_shared_among_threads(monkeypatch, count):
+    """3 threads have 2, 1 and 1 of the 4 heads of both rows; of 7 threads, 4."""
+    monkeypatch.setattr(training_ops, "BLOCK", 16)
+    right = both(training_ops.packed_attention, SEVERAL)
+    threads.use(count)
+    try:
+        found = both(training_ops.packed_attention, SEVERAL)
+    finally:
+        threads.use(1)
+    for a, b in zip(found, right, strict=True):
+        assert_close(a, b, 1e-6)
+
+
+def test_a_tile_in_which_nobody_sees_anything_is_left_out(monkeypatch):
+    monkeypatch.setattr(training_ops, "BLOCK", 8)
+    rows = [[1] * 8 + [2] * 12 + [3] * 12]
+    tiles = training_ops._tiles(PackedMask(paddle.to_tensor(rows)), N, K)
+    assert [[tile.keys for tile in row] for row in tiles] == [[0], [1], [1, 2], [2, 3]]
+    hidden = [[tile.bias is not None for tile in row] for row in tiles]
+    assert hidden == [[True], [True], [True, True], [True, True]]
+    tiles = training_ops._tiles(PackedMask(paddle.ones([1, 20], "int64")), N, K)
+    assert [[tile.bias is None for tile in row] for row in tiles] == [[False], [True, False], [True, True, False]]
 
 
 def test_control_samples_that_see_each_other_are_noticed():

@@ -1,9 +1,8 @@
 """One forward pass in several threads, each with a part of the flat row, one layer behind the other.
 
-Paddle's CPU kernels use one core for all but matrix products, and wait for each other after every one of these. So the
-row of a long prompt is cut in as many parts as there are cores, and each part goes through all layers on its own with
-products on one core. A token looks at keys of tokens before it: a part waits, in each layer, until the parts before it
-have written theirs.
+Other than matrix products, operations use one core (threads.py). So the row of a long prompt is cut in as many parts as
+there are cores, and each part goes through all layers on its own with products on one core. A token looks at keys of
+tokens before it: a part waits, in each layer, until the parts before it have written theirs.
 
     layer     0    1    2    3 ..
     part 0    x----x----x----x
@@ -11,11 +10,8 @@ have written theirs.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import partial
 from threading import Condition
-
-import paddle
 
 from .. import threads
 
@@ -37,7 +33,7 @@ class Order:
 
     def __init__(self, count: int):
         self._written = [0] * count  # layers, by part
-        self._failed = False
+        self.failure: BaseException | None = None
         self._changed = Condition()
 
     def gate(self, part: int) -> Callable[[int], None]:
@@ -47,16 +43,16 @@ class Order:
             with self._changed:
                 self._written[part] = layer + 1
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._failed or all(done > layer for done in self._written[:part]))
-                if self._failed:
+                self._changed.wait_for(lambda: self.failure or all(done > layer for done in self._written[:part]))
+                if self.failure:
                     raise Abandoned
 
         return keys_written
 
-    def fail(self) -> None:
+    def fail(self, error: BaseException) -> None:
         """Nobody waits any longer."""
         with self._changed:
-            self._failed = True
+            self.failure = self.failure or error
             self._changed.notify_all()
 
 
@@ -71,29 +67,15 @@ def run(works: list[Callable[[Order], object]]) -> list:
 
     def guarded(work):
         try:
-            with paddle.no_grad():  # a thread has a setting of its own
-                return work(order)
-        except BaseException:
-            order.fail()
+            return work(order)
+        except BaseException as error:
+            order.fail(error)
             raise
 
-    with threads.one():
-        futures = [_pool(len(works) - 1).submit(guarded, work) for work in works[1:]]
-        errors, results = [], []
-        for outcome in (lambda: guarded(works[0]), *(future.result for future in futures)):
-            try:
-                results.append(outcome())
-            except BaseException as error:
-                errors.append(error)
-    for error in sorted(errors, key=lambda error: isinstance(error, Abandoned)):
-        raise error
-    return results
-
-
-@cache
-def _pool(count: int) -> ThreadPoolExecutor:
-    # A thread's own number of OpenMP threads is that of the machine until somebody says otherwise.
-    return ThreadPoolExecutor(count, "forward", initializer=lambda: paddle.base.core.set_num_threads(1))
+    try:
+        return threads.together([partial(guarded, work) for work in works])
+    except Abandoned:
+        raise order.failure from None
 
 
 def cuts(spans: list[tuple[int, int, int]], begin: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -20,14 +20,22 @@ def trained(model: nn.Layer) -> dict[str, paddle.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
 
 
-def adamw(model: nn.Layer, optim: Optim, schedule) -> paddle.optimizer.AdamW:
+class AdamW(paddle.optimizer.AdamW):
+    """Its gradients are given back after a step. Paddle keeps them as zeros by default: their memory through the next
+    forward pass, and an addition to them for each weight in the backward pass."""
+
+    def clear_grad(self, set_to_zero: bool = False) -> None:
+        super().clear_grad(set_to_zero)
+
+
+def adamw(model: nn.Layer, optim: Optim, schedule) -> AdamW:
     """AdamW over what is trained. Weight decay acts on matrices, as is usual: not on the weights of norms.
 
     Gradients are clipped by whoever calls step(), who knows all ranks. Half-precision weights get float32 twins.
     """
     parameters = trained(model)
     decayed = {parameter.name for parameter in parameters.values() if parameter.ndim > 1}
-    return paddle.optimizer.AdamW(
+    return AdamW(
         learning_rate=schedule,
         beta1=optim.betas[0],
         beta2=optim.betas[1],
