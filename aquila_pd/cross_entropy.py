@@ -7,9 +7,12 @@ gone; what is kept for the backward pass are these two, which it would make anyw
 Letters in shapes: n rows (tokens that have a label), D hidden, V vocabulary.
 """
 
+from functools import partial
+
 import paddle
 from paddle.autograd import PyLayer
 
+from . import threads
 from .errors import AquilaError
 
 BLOCK_BYTES = 256 * 2**20  # of float32 logits at a time; smaller blocks make slower matrix products
@@ -96,6 +99,13 @@ def _exponentials(part, labels):
 
     Returns the sum of the rows' losses, and the exponentials' sums [rows, 1].
     """
+    shares = threads.shares(len(part)) if part.place.is_cpu_place() else [slice(None)]
+    found = threads.together([partial(_exponentials_of_rows, part[rows], labels[rows]) for rows in shares])
+    losses, sums = zip(*found, strict=True)
+    return paddle.add_n(list(losses)), paddle.concat(sums)
+
+
+def _exponentials_of_rows(part, labels):
     at_label = _at(part, labels)
     highest = part.max(axis=-1, keepdim=True)
     part.subtract_(highest)
