@@ -3,6 +3,7 @@
 import threading
 import time
 
+import numpy as np
 import paddle
 import pytest
 from generation_reference import KINDS, Reference, greedy, some_ids, tiny_model
@@ -31,7 +32,20 @@ def three_threads(monkeypatch):
     ],
 )
 def test_a_row_is_cut_in_about_equal_parts(tokens, decoding, count, expected):
-    assert strands.parts(tokens, decoding, count) == expected
+    assert strands.parts(np.ones(tokens), decoding, count) == expected
+
+
+def test_parts_take_about_as_long_where_later_tokens_look_at_more_keys():
+    costs = 100 + np.arange(1000)
+    (first, second) = strands.parts(costs, 0, 2)
+    assert first[1] == second[0] > 600
+    assert abs(costs[: first[1]].sum() - costs[first[1] :].sum()) <= costs.max()
+
+
+def test_a_part_has_a_token_and_the_first_has_all_that_decode():
+    costs = np.array([9.0, 9.0, 9.0, 1, 1, 1, 1, 1, 1, 1])
+    assert strands.parts(costs, 3, 3) == [(0, 3), (3, 10)]
+    assert strands.parts(np.array([1.0, 1, 1, 1, 1, 99]), 0, 3) == [(0, 5), (5, 6)]
 
 
 def test_spans_are_cut_where_the_row_is():

@@ -9,6 +9,7 @@ from . import strands
 from .slots import Pass
 
 HEAD_ROWS = 64  # rows of logits at a time: a prompt's would take 0.4 MB for each token
+SOFTMAX = 250  # operations of a product that take as long as the softmax of one score, on a CPU
 
 
 class Runner:
@@ -16,6 +17,10 @@ class Runner:
 
     def __init__(self, model):
         self.model, self.base = model, model.aquila
+        config = model.config
+        D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self._of_token = 2 * D * (2 * (N + K) * H + 3 * config.intermediate_size)  # operations of a layer's products
+        self._of_key = N * (4 * H + SOFTMAX)
 
     @paddle.no_grad()
     def hidden(self, ids: list[int], spans: list[tuple[int, int, int]], cache: Pass):
@@ -24,7 +29,8 @@ class Runner:
         spans: (first position, count, key length) of each segment, in order.
         """
         on_cpu = self.base.embed_tokens.weight.place.is_cpu_place()
-        parts = strands.parts(len(ids), cache.B, threads.count() if on_cpu else 1)
+        count = threads.count() if on_cpu else 1
+        parts = [(0, len(ids))] if count == 1 else strands.parts(self._costs(spans), cache.B, count)
         if len(parts) == 1:
             return self._through(ids, spans, cache)
 
@@ -33,6 +39,11 @@ class Runner:
             return lambda order: self._through(ids[begin:end], some, cache.cut(begin, end, order.gate(number)))
 
         return paddle.concat(strands.run([work(number, *part) for number, part in enumerate(parts)]))
+
+    def _costs(self, spans: list[tuple[int, int, int]]) -> np.ndarray:
+        """How long each token of a flat row takes in a layer [T]: a share for itself, and one for each key it sees."""
+        keys = np.concatenate([np.arange(first + 1, first + count + 1) for first, count, _ in spans])
+        return self._of_token + self._of_key * keys
 
     def _through(self, ids: list[int], spans: list[tuple[int, int, int]], cache: Pass):
         """`hidden`, all in this thread."""

@@ -1,8 +1,9 @@
 """One forward pass in several threads, each with a part of the flat row, one layer behind the other.
 
 Other than matrix products, operations use one core (threads.py). So the row of a long prompt is cut in as many parts as
-there are cores, and each part goes through all layers on its own with products on one core. A token looks at keys of
-tokens before it: a part waits, in each layer, until the parts before it have written theirs.
+there are cores, later ones shorter, as their tokens look at more keys; each goes through all layers on its own with
+products on one core. A token looks at keys of tokens before it: a part waits, in each layer, until the parts before it
+have written theirs.
 
     layer     0    1    2    3 ..
     part 0    x----x----x----x
@@ -11,21 +12,27 @@ tokens before it: a part waits, in each layer, until the parts before it have wr
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from threading import Condition
+
+import numpy as np
 
 from .. import threads
 
 LEAST = 64  # tokens of a part; with fewer, matrix products are not at full speed
 
 
-def parts(tokens: int, decoding: int, count: int) -> list[tuple[int, int]]:
-    """[begin, end) of about equal parts of a flat row, the first with all decoding tokens; one part where more are
-    not worth it."""
+def parts(costs: np.ndarray, decoding: int, count: int) -> list[tuple[int, int]]:
+    """[begin, end) of parts of a flat row that take about as long, the first with all decoding tokens; one part where
+    more are not worth it. costs [T]: how long each token takes, in any unit."""
+    tokens = len(costs)
     count = min(count, (tokens - decoding) // LEAST, tokens // max(decoding, 1))
     if count < 2:
         return [(0, tokens)]
-    ends = [tokens * (i + 1) // count for i in range(count)]
-    return list(zip([0, *ends], ends, strict=False))
+    done = np.cumsum(costs)
+    ends = np.searchsorted(done, done[-1] * np.arange(1, count) / count, side="right")
+    ends = [0, *np.unique(np.clip(ends, max(decoding, 1), tokens - 1)).tolist(), tokens]
+    return list(pairwise(ends))
 
 
 class Order:
