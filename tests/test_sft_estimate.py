@@ -19,9 +19,9 @@ from aquila_pd.sft.data.settings import DataSpec, Source
 from aquila_pd.sft.dry_run import dry_run
 from aquila_pd.sft.estimate import GIB, Machine, Model, estimate, large, stage_info
 from aquila_pd.sft.estimate_memory import (
+    BLOCK,
     LOGITS_AT_ONCE,
     NF4_BYTES,
-    QUERY_BLOCK,
     Rows,
     activations,
     in_flight,
@@ -265,7 +265,7 @@ def test_a_process_on_a_cpu_holds_about_what_is_estimated(again):
     assert done.returncode == 0, done.stderr
     held = activations(dims, length, half=False, again=again, fused=False)
     held += logits(dims, length, half=False) + in_flight(dims, 4, length)
-    assert training_ops.QUERY_BLOCK == QUERY_BLOCK
+    assert training_ops.BLOCK == BLOCK
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(held, rel=0.25)
 
 

@@ -16,7 +16,7 @@ GRADIENT, MOMENTS, MASTER = 4, 8, 4
 LOGITS_AT_ONCE = 256 * 2**20  # bytes of them in float32 (cross_entropy.py)
 LOGIT_BYTES = {True: 8, False: 4}  # half precision or not: logits, which become gradients; cast from and to half
 UNPACKED = 3 * 2**26  # bytes: a strip of an NF4 weight while it is made
-QUERY_BLOCK = 256  # training_ops.py's, which is not imported: it brings Paddle
+BLOCK = 128  # training_ops.py's, which is not imported: it brings Paddle
 CONTEXT = 1.5 * GB  # of the driver, libraries and workspaces on a GPU: an assumption
 
 
@@ -91,9 +91,9 @@ def activations(dims: Dims, tokens: int, *, half: bool, again: bool, fused: bool
 
 
 def in_flight(dims: Dims, heads: int, tokens: int) -> float:
-    """Bytes of what plain operations of a backward pass hold while they run: the scores of a block of queries, their
-    gradient and two products; the gradients of the MLP's gate and of what it opens for."""
-    return 4 * (4 * heads * QUERY_BLOCK * tokens + 2 * dims.ff * tokens)
+    """Bytes of what a backward pass on a CPU holds while it runs: the scores of a block of queries, where a layer is
+    computed again; the gradients of the MLP's gate and of what it opens for."""
+    return 4 * (heads * BLOCK * tokens + 2 * dims.ff * tokens)
 
 
 def layer_values(dims: Dims, *, fused: bool) -> float:
