@@ -92,8 +92,9 @@ def activations(dims: Dims, tokens: int, *, half: bool, again: bool, fused: bool
 
 def in_flight(dims: Dims, heads: int, tokens: int) -> float:
     """Bytes of what a backward pass on a CPU holds while it runs: the scores of a block of queries, where a layer is
-    computed again; the gradients of the MLP's gate and of what it opens for."""
-    return 4 * (heads * BLOCK * tokens + 2 * dims.ff * tokens)
+    computed again; queries, keys and values with their gradients in the order of blocks, some with a column more; the
+    gradients of the MLP's gate and of what it opens for."""
+    return 4 * tokens * (heads * BLOCK + 6 * (dims.q + dims.kv) + 2 * dims.ff)
 
 
 def layer_values(dims: Dims, *, fused: bool) -> float:
@@ -101,7 +102,7 @@ def layer_values(dims: Dims, *, fused: bool) -> float:
     norms = 2 * 2 * dims.d
     attention = 2 * dims.q + 3 * dims.kv
     mlp = 3 * dims.ff
-    plain = 0 if fused else 4 * dims.d + 2 * (dims.q + dims.kv) + dims.ff
+    plain = 0 if fused else 2 * (dims.q + dims.kv) + dims.ff
     return norms + attention + mlp + plain
 
 
