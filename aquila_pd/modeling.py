@@ -411,11 +411,10 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         try:
             from aquila_pd.chat.predict import predict
         except ModuleNotFoundError as error:
-            if error.name and error.name.split(".")[0] == "aquila_pd":
-                raise InstallationError(
-                    "predict() needs the package: pip install aquila_pd.", name="aquila_pd"
-                ) from error
-            raise
+            if (error.name or "").split(".")[0] != "aquila_pd":
+                raise
+            message = "predict() needs the package: pip install aquila_pd."
+            raise InstallationError(message, name="aquila_pd") from error
         return predict(self, text, tokenizer, **options)
 
 

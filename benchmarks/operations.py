@@ -3,7 +3,7 @@
     python benchmarks/operations.py [--tokens 512] [--threads 1]
 
 The two take turns, so that a busy machine slows both alike; the figure is the ratio fused to plain, median and
-spread over the rounds. Below 1 the fused twin is faster. This is what `slower_on` in fusion_ops.py rests on.
+spread over the rounds. Below 1 the fused twin is faster. This is why a CPU takes operations of cpu_ops.py.
 """
 
 import argparse
