@@ -222,18 +222,19 @@ def _attention_samples(dtype: str) -> list[tuple]:
 
 
 def _packed_samples(dtype: str) -> list[tuple]:
-    """Samples of several lengths, one token long too, a row that is one sample, and padding; sizes as models have them,
-    since kernels are written for those."""
+    """Samples of several lengths, one token long too, a row that is one sample, and padding; on a GPU in heads of the
+    size that models have, since kernels are written for it."""
+    D = 32 if paddle.device.get_device() == "cpu" else 128
     lengths = ((1, 24), (2, 1), (3, 40), (4, 16), (0, 47))
     segments = [[segment for segment, length in lengths for _ in range(length)], [1] * 128]
-    q, k, v = _random([2, 128, 4, 128], dtype), _random([2, 2, 128, 128], dtype), _random([2, 2, 128, 128], dtype)
+    q, k, v = _random([2, 128, 4, D], dtype), _random([2, 2, 128, D], dtype), _random([2, 2, 128, D], dtype)
     return [(q, k, v, PackedMask(paddle.to_tensor(segments)))]
 
 
 def _random(shape: list[int], dtype: str):
     # Drawn by hand: a probe must not disturb the generator a user has seeded.
-    values = paddle.sin(paddle.arange(int(np.prod(shape)), dtype="float32") * 12.9898) * 1.7
-    return values.reshape(shape).astype(dtype)
+    values = np.sin(np.arange(np.prod(shape), dtype=np.float32) * 12.9898) * 1.7
+    return paddle.to_tensor(values.astype(np.float32).reshape(shape)).astype(dtype)
 
 
 TWINS = (
@@ -353,9 +354,9 @@ def _computes(twins: _Twins, dtype: str) -> bool:
     """Whether this device computes in this dtype at all: Paddle's CPU does not in half precision."""
     try:
         with _native_stderr_closed():
-            _run(twins, twins.plain, twins.samples(dtype)[0])
             # RMSNorm computes in fp32 inside, so it runs anywhere; the decoder around it does not
             paddle.matmul(_random([2, 2], dtype), _random([2, 2], dtype))
+            _run(twins, twins.plain, twins.samples(dtype)[0])
     except Exception:  # whatever a missing kernel raises
         return False
     return True
@@ -371,12 +372,12 @@ def _probe(twins: _Twins, dtype: str, *, backward: bool = True) -> str | None:
     Both twins are held against the plain one in float64 on the same inputs; the fused one may be four times as far from
     it as the plain one, and a few units of rounding: kernels round at other places, and often less.
     """
-    for number in range(len(twins.samples(dtype))):
-        exact = _run(twins, twins.plain, _as_float64(twins.samples(dtype)[number]), backward)
-        plain = _run(twins, twins.plain, twins.samples(dtype)[number], backward)
+    for sample in twins.samples(dtype):
+        exact = _run(twins, twins.plain, _as_float64(sample), backward)
+        plain = _run(twins, twins.plain, sample, backward)
         try:
             with _native_stderr_closed():
-                fused = _run(twins, twins.fused, twins.samples(dtype)[number], backward)
+                fused = _run(twins, twins.fused, sample, backward)
         except Exception as error:  # any failure of a foreign kernel means: do not use it; the reason is kept
             return f"the fused kernel fails ({_first_line(error)})"
         outputs = len(exact) - (twins.differentiated if backward else 0)
@@ -405,6 +406,7 @@ def _floating(argument) -> bool:
 
 def _run(twins: _Twins, function: Callable, arguments: tuple, backward: bool = True) -> list:
     """Outputs of the function, then the gradients of its first arguments for a fixed upstream gradient."""
+    arguments = tuple(a.detach() if isinstance(a, paddle.Tensor) else a for a in arguments)
     if not backward:
         with paddle.no_grad():
             outputs = function(*arguments)

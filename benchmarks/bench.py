@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [folder for folder in (str(ROOT), str(Path(__file__).parent)) if folder not in sys.path]
 
 from folders import make_folder  # noqa: E402
-from harness import machine, run, versions  # noqa: E402
+from harness import machine, mkl_setting, run, versions  # noqa: E402
 from parts import OURS, PARTS, RATIOS, TORCH, Part, Script, Side  # noqa: E402
 from ratios import Measured, bars_table, case_table, summary  # noqa: E402
 from workers import SideFailed, Worker  # noqa: E402
@@ -180,14 +180,6 @@ class Runner:
 def in_turn(sides: tuple[Side, ...], turn: int) -> tuple[Side, ...]:
     """Who goes first changes: the next one finds the caches as the last one left them."""
     return sides[:: 1 if turn % 2 else -1]
-
-
-def mkl_setting() -> str:
-    """The choice of MKL's kernels that all sides get: what aquila_pd chooses, or the user's own."""
-    from aquila_pd.processor import VARIABLE, prefer_fast_kernels
-
-    prefer_fast_kernels()
-    return os.environ.get(VARIABLE, "")
 
 
 # ------------------------------------------------------------------------------------------------ telling

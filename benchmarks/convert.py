@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from checkpoints import SHAPES  # noqa: E402
-from harness import compare, forget, machine, random_folder, run, write_json  # noqa: E402
+from harness import compare, forget, machine, mkl_setting, random_folder, run, write_json  # noqa: E402
 
 PADDLENLP = """
 import sys
@@ -66,7 +66,7 @@ def main() -> None:
                 shutil.copytree(source, copy)
                 if not args.warm:
                     forget(copy)
-                return run([sys.executable, "-c", PADDLENLP, str(copy)], {"MKL_DEBUG_CPU_TYPE": "5"})
+                return run([sys.executable, "-c", PADDLENLP, str(copy)], {"MKL_DEBUG_CPU_TYPE": mkl_setting()})
 
             commands["PaddleNLP convert_from_torch"] = paddlenlp
         size = sum(file.stat().st_size for file in source.iterdir()) / 1e9

@@ -21,6 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "torch", "transformers", "tokenizers", "numpy")
 
 
+def mkl_setting() -> str:
+    """The choice of MKL's kernels that all sides get: what aquila_pd chooses, or the user's own."""
+    from aquila_pd.processor import VARIABLE, prefer_fast_kernels
+
+    prefer_fast_kernels()
+    return os.environ.get(VARIABLE, "")
+
+
 @dataclass(frozen=True)
 class Run:
     """One command, once. Seconds of wall clock and of processor time; peak resident memory in MB, and how much of the

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from checkpoints import SHAPES  # noqa: E402
-from harness import forget, machine, random_folder, run  # noqa: E402
+from harness import forget, machine, mkl_setting, random_folder, run  # noqa: E402
 
 # %s: imports, and how a folder is loaded. Peak memory is counted anew from after the imports.
 MEASURE = """
@@ -72,7 +72,7 @@ BASE = "transformers"
 
 def measured(code: str, *arguments: object) -> dict:
     """{"returned", "seconds", "peak"} of one load; "peak" in bytes."""
-    environment = {"MKL_DEBUG_CPU_TYPE": "5", "PYTHONPATH": str(ROOT)}
+    environment = {"MKL_DEBUG_CPU_TYPE": mkl_setting(), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MEASURE % code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:

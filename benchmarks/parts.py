@@ -118,8 +118,8 @@ def sides(*names: str) -> tuple[Side, ...]:
     return tuple(GENERATION[name] for name in names)
 
 
-def training(name: str, *, batch: int, length: int, recompute: bool) -> Case:
-    return Case(name, {"do": "step", "batch": batch, "length": length, "recompute": recompute})
+def training(name: str, *, batch: int, length: int, recompute: bool = False, samples: int = 1) -> Case:
+    return Case(name, {"do": "step", "batch": batch, "length": length, "recompute": recompute, "samples": samples})
 
 
 def decode(name: str, *, batch: int = 1, length: int = 128, new: int = 33) -> Case:
@@ -174,7 +174,7 @@ PARTS: tuple[Part | Script, ...] = (
         FOUR_LAYERS,
         sides(OURS, TORCH, NLP),
         (
-            training("training step", batch=2, length=256, recompute=False),
+            training("training step", batch=2, length=256),
             training("training step, recompute", batch=2, length=256, recompute=True),
         ),
         TORCH,
@@ -185,7 +185,16 @@ PARTS: tuple[Part | Script, ...] = (
         "a step of 2 x 256 tokens, small",
         SMOL,
         sides(OURS, TORCH, NLP),
-        (training("training step 135M", batch=2, length=256, recompute=False),),
+        (training("training step 135M", batch=2, length=256),),
+        TORCH,
+        module="training_sides",
+    ),
+    Part(
+        "training-packed",
+        "a step of 1 x 1024 tokens, eight samples in the row, four layers",
+        FOUR_LAYERS,
+        sides(OURS, TORCH, NLP),
+        (training("training packed", batch=1, length=1024, samples=8),),
         TORCH,
         module="training_sides",
     ),
@@ -273,6 +282,8 @@ RATIOS: tuple[Ratio, ...] = (
         for case in ("training step", "training step, recompute", "training step 135M")
         for other, bar in ((NLP, 0.8), (TORCH, 0.7))
     ),
+    against("training packed / PaddleNLP", "training packed", NLP),
+    against("training packed / transformers", "training packed", TORCH),
     Ratio(
         "training 1 x 4096 / PaddleNLP, memory",
         Of("training 1 x 4096", OURS, "peak_mb"),

@@ -23,7 +23,6 @@ from paddlenlp.trainer import Trainer, TrainerCallback, TrainingArguments
 from paddlenlp.trainer.trainer import TRAINER_STATE_NAME
 
 from ..errors import CheckpointError, TrainingError, report
-from ..heap import keep_freed_memory
 from ..quantization.nf4 import dtype_name
 from ..shards import FLOATS
 from .batches import FIELDS, Packs, Share, Steps
@@ -94,7 +93,6 @@ class StageTrainer(Trainer):
 
         Raises TrainingError when the loss or the gradient is no number, Stopped when somebody asked for it.
         """
-        keep_freed_memory()
         self._resumed_from = checkpoint
         if checkpoint is not None:
             self.best = Best(**checkpoint.facts["best"])

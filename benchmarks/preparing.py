@@ -1,0 +1,84 @@
+"""Preparing training data: padding left by packing, memory of preparing many rows.
+
+python benchmarks/preparing.py padding FILES --vocab FOLDER
+python benchmarks/preparing.py memory --rows 10000 1000000 --model FOLDER
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from harness import run  # noqa: E402
+
+
+def padding(args: argparse.Namespace) -> None:
+    """The share of places that packing leaves empty, over one epoch of real rows."""
+    from aquila_pd.chat.prompts import ChatPrompts
+    from aquila_pd.sft.data.packing import plan_epoch
+    from aquila_pd.sft.data.prepare import TRAIN, prepare
+    from aquila_pd.sft.data.samples import Samples
+    from aquila_pd.sft.data.settings import DataSpec, Source
+    from aquila_pd.tokenizer import AquilaTokenizer
+
+    prompts = ChatPrompts(AquilaTokenizer.from_pretrained(args.vocab), args.template)
+    for length in args.lengths:
+        with tempfile.TemporaryDirectory() as place:
+            spec = DataSpec(train=(Source(tuple(args.files)),))
+            prepare(spec, prompts, length=length, seed=1, folder=Path(place) / "data", workers=1)
+            samples = Samples.open(Path(place) / "data" / TRAIN)
+            plan = plan_epoch(samples, length=length, seed=1, epoch=0, folder=Path(place) / "plans")
+            padded = len(samples) * int(samples.lengths.max())
+            print(
+                f"length {length}: {len(samples):,} samples of {int(samples.lengths.mean())} tokens in {len(plan):,} "
+                f"packs, {plan.padding_share:.2%} padding; every sample padded to the longest: "
+                f"{1 - int(samples.lengths.sum()) / padded:.0%}"
+            )
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Peak memory of preparing files of so many short rows, each number in a process of its own."""
+    found = {}
+    for rows in args.rows:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            with (folder / "rows.jsonl").open("w") as file:
+                for number in range(rows):
+                    turns = [{"from": "human", "value": f"q {number}"}, {"from": "gpt", "value": f"a {number}"}]
+                    file.write(json.dumps({"id": number, "conversations": turns}) + "\n")
+            command = [sys.executable, "-m", "aquila_pd.cli", "data", "prepare", str(folder / "rows.jsonl")]
+            command += ["--model", str(Path(args.model).resolve()), "--output", str(folder / "data"), "--workers", "1"]
+            command += ["--length", "512", "--deduplicate", "none"]
+            found[rows] = run(command, {"PYTHONPATH": str(ROOT)})
+            print(f"  {rows:,} rows: {found[rows].anonymous_mb:.0f} MB anonymous", file=sys.stderr, flush=True)
+    least = found[min(found)]
+    for rows, measured in found.items():
+        print(
+            f"{rows:>11,} rows: {measured.anonymous_mb:,.0f} MB anonymous memory, "
+            f"{measured.anonymous_mb / least.anonymous_mb:.2f} times that of {min(found):,}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(required=True)
+    share = kinds.add_parser("padding")
+    share.add_argument("files", nargs="+")
+    share.add_argument("--vocab", required=True, help="folder of a tokenizer")
+    share.add_argument("--template", default="aquila-legacy")
+    share.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    share.set_defaults(do=padding)
+    rows = kinds.add_parser("memory")
+    rows.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
+    rows.add_argument("--model", required=True, help="a converted folder, whose tokenizer is used")
+    rows.set_defaults(do=memory)
+    args = parser.parse_args()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()
