@@ -115,11 +115,14 @@ class PaddleNLP:
         return float(loss)
 
 
-def step(side, *, batch: int, length: int, recompute: bool, samples: int = 1) -> dict:
-    """Time of a step on random rows [batch, length]; most memory in use meanwhile, MB; the loss before it."""
+def step(side, *, batch: int, length: int, recompute: bool, samples: int = 1, before: int = 0) -> dict:
+    """Time of a step on random rows [batch, length], the loss before it, and the most memory in use from its beginning
+    or that of so many steps before it, MB."""
     arrays = packs(batch, length, samples)
     device = side.device
     device.reset_peak()
+    for _ in range(before):
+        side.step(arrays, recompute=recompute)
     cpu, begin = time.process_time(), device.mark()
     loss = side.step(arrays, recompute=recompute)
     (seconds,) = device.seconds([begin, device.mark()])
