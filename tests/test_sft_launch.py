@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from aquila_pd.sft.command import main
+
+ROOT = Path(__file__).parent.parent
 RANK = """
 import os, pathlib, signal, sys, time
 rank = os.environ["PADDLE_TRAINER_ID"]
@@ -53,7 +56,7 @@ def is_free(lock: Path) -> bool:
 def parent(tmp_path):
     """A process with two ranks that wait; all are in tmp_path."""
     (tmp_path / "rank.py").write_text(RANK)
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths}
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
@@ -90,3 +93,37 @@ def test_a_signal_goes_on_to_all_ranks_and_is_no_failure(parent, tmp_path, numbe
     _, said = parent.communicate(timeout=20)
     assert parent.returncode == 128 + number and "failed" not in said
     assert [(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)] == [str(int(number))] * 2
+
+
+DYING = """
+import atexit, os, sys
+from aquila_pd.sft.launch import leave
+atexit.register(os.abort)  # as threads and sockets that are taken down in an unlucky order
+print("all is done", end="")
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("leave(0)", 0), ("leave(7)", 7), ("sys.exit(0)", -signal.SIGABRT)])
+def test_a_rank_leaves_with_its_status_and_its_words_whatever_its_teardown_does(end, status):
+    done = subprocess.run([sys.executable, "-c", DYING.format(end=end)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == status
+    assert done.stdout == "all is done" or status < 0
+
+
+def test_a_rank_leaves_when_nobody_reads_its_output_any_more():
+    code = "import sys; from aquila_pd.sft.launch import leave; sys.stdin.read(); print('all is done'); leave(5)"
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}  # nothing is written before leave() writes it
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=buffered, **pipes)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(20) == 5
+
+
+def test_the_command_of_a_rank_ends_by_leaving(tmp_path, monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr("aquila_pd.sft.launch.leave", left.append)
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    main([str(tmp_path)])
+    assert left == [1] and "error: " in capsys.readouterr().err

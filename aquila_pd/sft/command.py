@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 when all stages are done, 1 for what a person can mend, 2 for wrong arguments, 128 + n for signal n."""
     args = parser().parse_intermixed_args(argv)
     if launch.ranks() > 1:
-        return run_command(lambda: _run_rank(args))
+        launch.leave(run_command(lambda: _run_rank(args)))
     return run_command(lambda: _run(args))
 
 
