@@ -217,8 +217,8 @@ def less_rows_(x, rows):
 
 
 @cache
-def _ones(size: int):
-    return paddle.ones([size, 1])
+def _ones(size: int, dtype=paddle.float32):
+    return paddle.ones([size, 1], dtype=dtype)
 
 
 @lru_cache(maxsize=64)
@@ -241,7 +241,8 @@ def product(x, weight):
     x = _C_ops.reshape(x, [R, parts, in_ // parts])
     x = _C_ops.transpose(x, [1, 0, 2]) if R > 1 else _C_ops.reshape(x, [parts, 1, in_ // parts])
     y = _C_ops.matmul(x, _C_ops.reshape(weight, [parts, in_ // parts, out]), False, False)
-    return _C_ops.reshape(_C_ops.sum(y, [0], None, False), [*rows, out])
+    y = _C_ops.matmul(_ones(parts, y.dtype), _C_ops.reshape(y, [parts, R * out]), True, False)  # their sum
+    return _C_ops.reshape(y, [*rows, out])
 
 
 def _parts(size: int) -> int:

@@ -191,7 +191,8 @@ def test_there_are_as_many_parts_as_threads(count, monkeypatch):
     cpu_ops.product(normal(1, 3, 32), normal(32, 7))  # a small weight
     cpu_ops.product(normal(3, 3, 32), normal(32, 8))  # many rows
     one, three = ([1, 1, 32], [1, 3, 32]) if count == 1 else ([count, 1, 32 // count], [count, 3, 32 // count])
-    assert seen == [one, three, [1, 3, 32], [3, 3, 32]]
+    products = [shape for shape in seen if shape != [count, 1]]  # not the sums of parts
+    assert products == [one, three, [1, 3, 32], [3, 3, 32]]
 
 
 def test_a_fused_model_says_the_same_with_any_number_of_threads(count):
