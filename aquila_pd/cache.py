@@ -39,10 +39,11 @@ class KVCache:
         return self.capacity
 
     def append(self, layer: int, k, v):
-        """Add k, v [B, K, T, H]; returns the layer's buffers [B, K, C, H], zero beyond what is held."""
-        start, end = self._lengths[layer], self._lengths[layer] + k.shape[2]
+        """Add k, v [B, T, K, H]; returns the layer's buffers [B, K, C, H], zero beyond what is held."""
+        start, end = self._lengths[layer], self._lengths[layer] + k.shape[1]
         if end > self.capacity:
-            self.reserve(k.shape[2])
+            self.reserve(k.shape[1])
+        k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])
         self._keys[layer] = _grown(self._keys[layer], k, self.capacity)
         self._values[layer] = _grown(self._values[layer], v, self.capacity)
         self._keys[layer][:, :, start:end] = k
@@ -51,7 +52,7 @@ class KVCache:
         return self._keys[layer], self._values[layer]
 
     def attend(self, layer: int, q, k, v, mask, attention):
-        """Append k, v [B, K, T, H], then attention of q [B, T, N, H] over all that is held -> [B, T, N, H].
+        """Append k, v [B, T, K, H], then attention of q [B, T, N, H] over all that is held -> [B, T, N, H].
 
         The decoder asks its cache to attend, so that one of many sequences (generation/slots.py) can stand here.
         """
@@ -72,7 +73,7 @@ class KVCache:
             )
         cache = cls(num_layers)
         for layer, (k, v) in enumerate(pairs):
-            cache.append(layer, k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3]))
+            cache.append(layer, k, v)
         return cache
 
     def to_tuple(self) -> tuple:

@@ -72,10 +72,10 @@ class Attention(nn.Layer):
         B, T, _ = x.shape
         q, k, v = self.qkv_proj(x) if self.qkv_proj else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q = q.reshape([B, T, self.N, self.H])
-        k = k.reshape([B, T, self.K, self.H])
-        v = v.reshape([B, T, self.K, self.H])
+        k, v = k.reshape([B, T, self.K, self.H]), v.reshape([B, T, self.K, self.H])
         q, k = self.ops.rope(q, k, angles)
-        k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, K, T, H]
+        if cache is None:
+            k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, K, T, H]
         if output_attentions:  # only the plain twin has the weights
             if cache is not None:
                 k, v = cache.append(self.layer, k, v)  # [B, K, C, H], the mask hides what is beyond S

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import paddle
+from paddle import _C_ops  # the operations themselves: for a single row, paddle's functions take longer than these
 
 from ..masks import Mask
 
@@ -144,40 +145,43 @@ class Pass:
         return Pass(self.slots, self.decoding[:decodes], self.lengths[:decodes], pieces, keys_written)
 
     def attend(self, layer: int, q, k, v, mask, attention):
-        """q [1, T, N, H], k and v [1, K, T, H] of the flat row -> [1, T, N, H]. The mask is made here."""
+        """q [1, T, N, H], k and v [1, T, K, H] of the flat row -> [1, T, N, H]. The mask is made here."""
         if not self.chunks and self.keys_written is None:
             return self._decode(layer, q, k, v, attention)
         at, places = self.B, []
         for chunk in self.chunks:
             some = slice(at, at + chunk.count)
-            self._write(layer, chunk, k[:, :, some], v[:, :, some])
+            self._write(layer, chunk, k[:, some], v[:, some])
             places.append(some)
             at += chunk.count
         if self.keys_written is not None:
             self.keys_written(layer)
         B, keys, values = self.B, self.slots.keys[layer], self.slots.values[layer]
-        results = [self._decode(layer, q[:, :B], k[:, :, :B], v[:, :, :B], attention)] if B else []
+        results = [self._decode(layer, q[:, :B], k[:, :B], v[:, :B], attention)] if B else []
         for chunk, some, seen in zip(self.chunks, places, self.masks, strict=True):
             own = slice(chunk.slot, chunk.slot + 1)
             results.append(attention(q[:, some], keys[own], values[own], seen))
         return results[0] if len(results) == 1 else paddle.concat(results, axis=1)
 
     def _decode(self, layer: int, q, k, v, attention):
-        keys, values, H = self.slots.keys[layer], self.slots.values[layer], k.shape[3]
-        paddle.scatter_(self.slots.key_rows[layer], self.at, k.transpose([0, 2, 1, 3]).reshape([-1, H]))
-        paddle.scatter_(self.slots.value_rows[layer], self.at, v.transpose([0, 2, 1, 3]).reshape([-1, H]))
-        q = q.transpose([1, 0, 2, 3])  # [B, 1, N, H]
+        keys, values = self.slots.keys[layer], self.slots.values[layer]
+        _, _, N, H = q.shape
+        paddle.scatter_(self.slots.key_rows[layer], self.at, _C_ops.reshape(k, [-1, H]))
+        paddle.scatter_(self.slots.value_rows[layer], self.at, _C_ops.reshape(v, [-1, H]))
+        q = _C_ops.reshape(q, [-1, 1, N, H])  # [B, 1, N, H]
         if self.spread is not None:
             q = paddle.index_select(q, self.spread)  # [R, 1, N, H]
-        y = attention(q, keys[self.lo : self.hi], values[self.lo : self.hi], self.mask)
+        if self.hi - self.lo < self.slots.slots:
+            keys, values = keys[self.lo : self.hi], values[self.lo : self.hi]
+        y = attention(q, keys, values, self.mask)
         if self.collect is not None:
             y = paddle.index_select(y, self.collect)
-        return y.transpose([1, 0, 2, 3])  # [1, B, N, H]
+        return _C_ops.reshape(y, [1, -1, N, H])
 
     def _write(self, layer: int, chunk: Chunk, k, v) -> None:
         own, places = slice(chunk.slot, chunk.slot + 1), slice(chunk.start, chunk.start + chunk.count)
-        self.slots.keys[layer][own, :, places] = k
-        self.slots.values[layer][own, :, places] = v
+        self.slots.keys[layer][own, :, places] = k.transpose([0, 2, 1, 3])
+        self.slots.values[layer][own, :, places] = v.transpose([0, 2, 1, 3])
 
 
 def _resized(buffer, kept: int, capacity: int):
