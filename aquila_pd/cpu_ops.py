@@ -89,12 +89,10 @@ def _turn(x, angles: Angles):
 
 
 def _turned(x, cos, sin, halves, sign: float = 1.0):
-    B, T, X, H = x.shape
-    swapped = _C_ops.gather(_C_ops.reshape(x, [-1, H // 2]), halves, 0)
-    swapped = _C_ops.multiply_(_C_ops.reshape(swapped, [-1, H]), sin)
-    y = _C_ops.multiply(_C_ops.reshape(x, [-1, H]), cos)
-    y = _C_ops.add_(y, swapped) if sign > 0 else _C_ops.subtract_(y, swapped)
-    return _C_ops.reshape(y, [B, T, X, H])
+    swapped = _C_ops.gather(_C_ops.reshape(x, [-1, x.shape[3] // 2]), halves, 0)
+    swapped = _C_ops.multiply_(_C_ops.reshape(swapped, x.shape), sin)
+    y = _C_ops.multiply(x, cos)
+    return _C_ops.add_(y, swapped) if sign > 0 else _C_ops.subtract_(y, swapped)
 
 
 class _Turn(PyLayer):
@@ -238,8 +236,10 @@ def product(x, weight):
     parts = _parts(in_) if R == 1 or (R <= FEW and in_ * out >= LARGE) else 1
     if parts == 1:
         return _C_ops.matmul(x, weight, False, False)
-    x = _C_ops.reshape(x, [R, parts, in_ // parts])
-    x = _C_ops.transpose(x, [1, 0, 2]) if R > 1 else _C_ops.reshape(x, [parts, 1, in_ // parts])
+    if R == 1:
+        x = _C_ops.reshape(x, [parts, 1, in_ // parts])
+    else:
+        x = _C_ops.transpose(_C_ops.reshape(x, [R, parts, in_ // parts]), [1, 0, 2])
     y = _C_ops.matmul(x, _C_ops.reshape(weight, [parts, in_ // parts, out]), False, False)
     y = _C_ops.matmul(_ones(parts, y.dtype), _C_ops.reshape(y, [parts, R * out]), True, False)  # their sum
     return _C_ops.reshape(y, [*rows, out])

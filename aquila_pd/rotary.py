@@ -26,16 +26,16 @@ class Angles:
         return self._once(dtype, lambda: (self.cos.astype(dtype), self.sin.astype(dtype)))
 
     def wide(self, heads: int) -> tuple:
-        """For tensors x [B, T, heads, H] as rows of H numbers: cos [B*T*heads, H]; sin likewise, its first half
-        negative; and int32 [2*B*T*heads], which takes rows of H/2 numbers from one half to the other. Then
-        x cos + swapped(x) sin is the rotation, in products of equal shapes."""
+        """For tensors x [B, T, heads, H]: cos of that shape; sin likewise, its first half negative; and int32
+        [2*B*T*heads], which takes rows of H/2 numbers from one half to the other. Then x cos + swapped(x) sin is the
+        rotation, in products of equal shapes."""
         return self._once(heads, lambda: self._wide(heads))
 
     def _wide(self, heads: int) -> tuple:
         B, T, _, H = self.cos.shape
         first, second = self.sin.chunk(2, axis=-1)
         sin = paddle.concat([-first, second], axis=-1)
-        cos, sin = (x.expand([B, T, heads, H]).reshape([-1, H]) for x in (self.cos, sin))
+        cos, sin = (x.expand([B, T, heads, H]).contiguous() for x in (self.cos, sin))
         halves = np.arange(2 * B * T * heads, dtype=np.int32).reshape(-1, 2)[:, ::-1].reshape(-1)
         return cos, sin, paddle.to_tensor(np.ascontiguousarray(halves))
 
