@@ -40,8 +40,8 @@ def asks() -> list[signal.Signals]:
 def leave(status: int) -> NoReturn:
     """End this rank at once with an exit status; what it had to write is written.
 
-    Taking down Python and Paddle's threads and sockets gains nothing here, and can abort: seen once in some hundred
-    runs of two processes, as signal 6 of a rank that had done all its work.
+    Taking down Python and Paddle's threads and sockets gains nothing here, and can abort: seen once, as signal
+    6 of a rank that had done all its work.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more; closed; None
