@@ -21,17 +21,20 @@ from paddle import _C_ops
 from paddle.autograd import PyLayer
 from paddle.incubate.nn.functional import fused_rms_norm
 
-from . import threads
+from . import processor, threads
 from .masks import Mask
 from .rotary import Angles
 
 SCORES = 1 << 20  # attention scores at a time: they stay in the cache while they become weights
 FEW, LARGE = 8, 1 << 22  # rows, and numbers of a weight: measured in benchmarks/RESULTS.md
 SMALL = 1 << 18  # numbers: what is done with fewer is done before a second thread is awake
+# Paddle's kernel of RMSNorm for CPUs is compiled for AVX-512 and asks no processor: others kill the process (SIGILL).
+HAS_KERNEL = processor.has_avx512()
 
 
 def rms_norm(x, weight, eps: float):
-    """`fusion_ops.rms_norm` in Paddle's kernel, with a gradient by hand: the kernel has none on a CPU."""
+    """`fusion_ops.rms_norm` in Paddle's kernel where the processor can run it, with a gradient by hand: the kernel has
+    none on a CPU."""
     if paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient):
         return _RMSNorm.apply(x, weight, eps)
     return _normed(x, weight, eps)
@@ -39,9 +42,24 @@ def rms_norm(x, weight, eps: float):
 
 def _normed(x, weight, eps: float):
     if math.prod(x.shape) > SMALL:
-        return fused_rms_norm(x, weight, None, eps, begin_norm_axis=x.ndim - 1)[0]
+        return _norm(x, weight, eps)
     with threads.one():
+        return _norm(x, weight, eps)
+
+
+def _norm(x, weight, eps: float):
+    if HAS_KERNEL:
         return fused_rms_norm(x, weight, None, eps, begin_norm_axis=x.ndim - 1)[0]
+    rows = _C_ops.reshape(x, [-1, x.shape[-1]])
+    scale = _C_ops.matmul(_per_row(rows, eps), _C_ops.reshape(weight, [1, -1]), False, False)  # r w
+    return _C_ops.reshape(_C_ops.multiply_(scale, rows), x.shape)
+
+
+def _per_row(rows, eps: float):
+    """r = (mean(x^2) + eps)^-1/2 of each row: [R, D] -> [R, 1]."""
+    D = rows.shape[1]
+    squares = _C_ops.matmul(_C_ops.multiply(rows, rows), _ones(D, rows.dtype), False, False)
+    return _C_ops.rsqrt_(_C_ops.scale_(squares, 1 / D, eps, True))
 
 
 class _RMSNorm(PyLayer):
@@ -62,8 +80,7 @@ class _RMSNorm(PyLayer):
         x, weight = ctx.saved_tensor()
         D = weight.shape[0]
         rows, dy, w = _C_ops.reshape(x, [-1, D]), _C_ops.reshape(upstream, [-1, D]), _C_ops.reshape(weight, [1, D])
-        squares = _C_ops.matmul(_C_ops.multiply(rows, rows), _ones(D), False, False)
-        r = _C_ops.rsqrt_(_C_ops.scale_(squares, 1 / D, ctx.eps, True))  # [R, 1]
+        r = _per_row(rows, ctx.eps)
         x_dy = _C_ops.multiply(rows, dy)
         dw = dx = None
         if ctx.wanted[1]:

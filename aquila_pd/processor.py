@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 VARIABLE = "MKL_DEBUG_CPU_TYPE"
@@ -62,8 +63,7 @@ def decide(cpuinfo: str, *, machine: str, chosen: str | None, paddle_loaded: boo
         return Decision("left alone", f"{VARIABLE}={chosen!r} was already in the environment.")
     if machine.lower() not in ("x86_64", "amd64"):
         return Decision("left alone", f"The machine is {machine or 'unknown'}; the setting is for x86-64 only.")
-    fields = dict(_field(line) for line in cpuinfo.splitlines() if ":" in line)
-    vendor, flags = fields.get("vendor_id", ""), set(fields.get("flags", "").split())
+    vendor, flags = _described(cpuinfo)
     if not vendor:
         return Decision("left alone", "This system has no /proc/cpuinfo to ask for the processor's instruction sets.")
     if vendor == "GenuineIntel":
@@ -83,9 +83,17 @@ def best_path(flags: set[str]) -> str | None:
     return next((path for path, needed in NEEDS.items() if needed <= flags), None)
 
 
-def _field(line: str) -> tuple[str, str]:
-    name, _, value = line.partition(":")
-    return name.strip(), value.strip()
+@cache
+def has_avx512() -> bool:
+    """Whether this processor can run what was compiled for AVX-512; False where the system does not tell."""
+    return NEEDS[AVX512] <= _described(first_block())[1]
+
+
+def _described(cpuinfo: str) -> tuple[str, set[str]]:
+    """(vendor, instruction sets) of one block of /proc/cpuinfo; "" and none where it does not say."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    fields = {name.strip(): value.strip() for name, colon, value in lines if colon}
+    return fields.get("vendor_id", ""), set(fields.get("flags", "").split())
 
 
 def prefer_fast_kernels(environ: MutableMapping[str, str] = os.environ) -> Decision:

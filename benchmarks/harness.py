@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "torch", "transformers", "tokenizers", "numpy")
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # the widest instructions of a processor: most of its speed
 
 
 def mkl_setting() -> str:
@@ -115,6 +116,8 @@ def machine() -> str:
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = next((int(line.split()[1]) / 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     name = names[0] if names else platform.processor()
+    flags = next((line.split() for line in _lines("/proc/cpuinfo") if line.startswith("flags")), [])
+    name += next((f" with {known}" for flag, known in VECTORS.items() if flag in flags), "")
     load = os.getloadavg()[0]
     return f"{os.cpu_count()} x {name}, {memory:.0f} GiB, Python {platform.python_version()}, load average {load:.1f}"
 

@@ -1,28 +1,34 @@
-"""Fused twins beside plain ones, forward and forward with backward, on the device at hand.
+"""What a device takes for each fused operation beside its plain twin, forward and forward with backward.
 
     python benchmarks/operations.py [--tokens 512] [--threads 1]
 
-The two take turns, so that a busy machine slows both alike; the figure is the ratio fused to plain, median and
-spread over the rounds. Below 1 the fused twin is faster. This is why a CPU takes operations of cpu_ops.py.
+The two take turns, so that a busy machine slows both alike; the figure is the ratio to the plain twin, median and
+spread over the rounds. Below 1 the plain one takes longer. On a CPU these are the operations of cpu_ops.py and
+training_ops.py.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).parent)]
 
+import aquila_pd  # noqa: E402, F401  before paddle, for its choice of matrix kernels
+
+# isort: split
 import paddle  # noqa: E402
 from harness import machine  # noqa: E402
 
-import aquila_pd  # noqa: E402, F401  before paddle, for its choice of matrix kernels
 from aquila_pd import threads  # noqa: E402
 from aquila_pd.fusion_ops import TWINS  # noqa: E402
-from aquila_pd.masks import causal_mask  # noqa: E402
+from aquila_pd.masks import Mask, PackedMask  # noqa: E402
+from aquila_pd.rotary import Angles  # noqa: E402
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD = 1024, 4096, 16, 4, 64
+SAMPLES = 4  # in a row of packed attention
 
 
 def arguments(name: str, T: int, S: int) -> tuple:
@@ -31,22 +37,25 @@ def arguments(name: str, T: int, S: int) -> tuple:
         return paddle.randn([1, T, HIDDEN]), paddle.ones([HIDDEN]), 1e-5
     if name == "swiglu":
         return paddle.randn([1, T, INTERMEDIATE]), paddle.randn([1, T, INTERMEDIATE])
-    q, k = paddle.randn([1, T, HEADS, HEAD]), paddle.randn([1, T, KV_HEADS, HEAD])
+    q = paddle.randn([1, T, HEADS, HEAD])
     if name == "rope":
-        return q, k, paddle.randn([1, T, 1, HEAD]), paddle.randn([1, T, 1, HEAD])
-    k = paddle.randn([1, KV_HEADS, S, HEAD])
-    return q, k, paddle.randn([1, KV_HEADS, S, HEAD]), causal_mask(paddle.ones([1, S], dtype="bool"), T)
+        return q, paddle.randn([1, T, KV_HEADS, HEAD]), Angles(*paddle.randn([2, 1, T, 1, HEAD]))
+    k, v = paddle.randn([2, 1, KV_HEADS, S, HEAD])
+    if name == "attention":
+        return q, k, v, Mask.of_chunk(T, S, S)
+    return q, k, v, PackedMask(paddle.arange(T).unsqueeze(0) * SAMPLES // T)
 
 
-def seconds(function, given: tuple, backward: bool) -> float:
+def seconds(function: Callable, given: tuple, backward: bool) -> float:
     for tensor in given:
-        if isinstance(tensor, paddle.Tensor) and tensor.is_floating_point():
+        if isinstance(tensor, paddle.Tensor):
             tensor.stop_gradient = not backward
     start = time.perf_counter()
-    out = function(*given)
-    out = out[0] if isinstance(out, tuple) else out
-    if backward:
-        out.sum().backward()
+    with paddle.set_grad_enabled(backward):
+        out = function(*given)
+        out = out[0] if isinstance(out, tuple) else out
+        if backward:
+            out.sum().backward()
     float(out.flatten()[0])  # wait for a device that runs behind
     return time.perf_counter() - start
 
@@ -63,6 +72,19 @@ def ratio(twins, given: tuple, *, backward: bool, rounds: int) -> str:
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
+def cells(twins, device: str, T: int, rounds: int) -> list[str]:
+    """A prompt, a prompt with its gradients, a step over keys that are there; "-" for what is never asked of it."""
+    prompt = arguments(twins.name, T, T)
+    differentiated = device not in twins.no_backward_on
+    return [
+        ratio(twins, prompt, backward=False, rounds=rounds),
+        ratio(twins, prompt, backward=True, rounds=rounds) if differentiated else "-",
+        "-"
+        if twins.name == "packed_attention"
+        else ratio(twins, arguments(twins.name, 1, 4 * T), backward=False, rounds=rounds),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=512, help="length of the prompt (default: 512)")
@@ -71,18 +93,13 @@ def main() -> None:
     args = parser.parse_args()
     threads.use(args.threads)
     paddle.seed(0)
-    T = args.tokens
-    print(f"{paddle.device.get_device()}, {args.threads} threads; {machine()}\n")
-    print(f"| fused / plain | forward, {T} tokens | with backward, {T} tokens | forward, 1 token over {4 * T} |")
+    T, device = args.tokens, paddle.device.get_device()
+    print(f"{device}, {args.threads} threads; {machine()}\n")
+    print(f"| time, plain = 1 | forward, {T} tokens | with backward, {T} tokens | forward, 1 token over {4 * T} |")
     print("|---|---|---|---|")
     for twins in TWINS:
-        prompt, step = arguments(twins.name, T, T), arguments(twins.name, 1, 4 * T)
-        cells = [
-            ratio(twins, prompt, backward=False, rounds=args.rounds),
-            ratio(twins, prompt, backward=True, rounds=args.rounds),
-            ratio(twins, step, backward=False, rounds=args.rounds),
-        ]
-        print(f"| {twins.name} | {' | '.join(cells)} |", flush=True)
+        here = twins.on(device.split(":")[0])
+        print(f"| {twins.name} | {' | '.join(cells(here, device.split(':')[0], T, args.rounds))} |", flush=True)
 
 
 if __name__ == "__main__":

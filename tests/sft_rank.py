@@ -16,7 +16,7 @@ import conftest  # noqa: F401  the environment of tests, before paddle is loaded
 import sft_factory
 from paddlenlp.utils.log import logger
 
-from aquila_pd.sft.launch import rank
+from aquila_pd.sft.launch import leave, rank
 
 logger.set_level("WARNING")
 folder, output, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -38,3 +38,4 @@ if rank() == 0:
         "said": reporter.texts,
     }
     output.write_text(json.dumps(said))
+leave(0)  # as the command's ranks do

@@ -99,6 +99,7 @@ def away_from_one(*shape):
     return normal(*shape, seed=4) + 3
 
 
+ROUNDING = 4e-6  # two units of the largest values, which are above 16
 OPERATIONS = {
     "rms_norm": lambda module: lambda x, weight: module.rms_norm(x, weight, 1e-2),
     "swiglu": lambda module: module.swiglu,
@@ -127,7 +128,7 @@ def test_gradients_by_hand_are_the_plain_twins(name, frozen):
     for found, right in zip(with_gradients(name, cpu_ops, frozen), expected, strict=True):
         assert (found is None) == (right is None)
         if right is not None:
-            assert_close(found, right, 3e-6)
+            assert_close(found, right, ROUNDING)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -144,10 +145,22 @@ def test_control_other_inputs_have_other_gradients(name):
 def test_without_gradients_the_value_is_the_plain_twins(name):
     with paddle.no_grad():
         expected = OPERATIONS[name](fusion_ops)(*INPUTS[name]()).numpy()
-        assert_close(OPERATIONS[name](cpu_ops)(*INPUTS[name]()), expected, 1e-6)
+        assert_close(OPERATIONS[name](cpu_ops)(*INPUTS[name]()), expected, ROUNDING)
     found = OPERATIONS[name](cpu_ops)(*INPUTS[name]())  # frozen inputs: nothing to keep for a backward pass
-    assert_close(found, expected, 1e-6)
+    assert_close(found, expected, ROUNDING)
     assert found.stop_gradient
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (2, 5, 48), (600, 512)])  # alone, few, and enough for two threads
+def test_rms_norm_without_paddles_kernel_is_the_plain_twin(monkeypatch, shape):
+    """On a processor without AVX-512; everywhere the same."""
+    monkeypatch.setattr(cpu_ops, "HAS_KERNEL", False)
+    monkeypatch.setattr(cpu_ops, "fused_rms_norm", None)  # not called
+    x, weight = normal(*shape), away_from_one(shape[-1])
+    with paddle.no_grad():
+        found, expected = (module.rms_norm(x, weight, 1e-2) for module in (cpu_ops, fusion_ops))
+        assert_close(found, expected.numpy(), 1e-6 * np.abs(expected.numpy()).max())
+        assert np.abs((cpu_ops.rms_norm(x, weight, 2e-2) - expected).numpy()).max() > 1e-3
 
 
 def test_rows_are_lowered_in_place_exactly_as_by_a_subtraction():

@@ -121,6 +121,16 @@ def test_nothing_is_set_when_paddle_is_already_loaded(monkeypatch, tmp_path):
     assert environ == {}
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [(ZEN4, True), (ZEN4.replace("AuthenticAMD", "GenuineIntel"), True), (AMD, False), (INTEL, False), (ARM, False)]
+    + [(ZEN4.replace(" avx512vl", ""), False), ("", False)],
+)
+def test_avx512_is_known_of_every_vendors_processors(monkeypatch, cpuinfo, found):
+    monkeypatch.setattr(processor, "first_block", lambda: cpuinfo)
+    assert processor.has_avx512.__wrapped__() is found
+
+
 def test_only_the_first_processor_is_read_and_a_missing_file_is_no_error(tmp_path):
     many = tmp_path / "cpuinfo"
     many.write_text("\n".join([AMD] + [INTEL] * 200))

@@ -7,7 +7,7 @@ import paddle
 import pytest
 from twins import assert_close, ids, paddle_model, shifted, torch_model
 
-from aquila_pd import fusion_ops, projections
+from aquila_pd import fusion_ops, processor, projections
 from aquila_pd.errors import AquilaError
 from aquila_pd.fusion_ops import TWINS, Choice
 from aquila_pd.masks import Mask, causal_mask
@@ -15,8 +15,15 @@ from aquila_pd.masks import Mask, causal_mask
 TWIN = {twins.name: twins for twins in TWINS}
 
 
+def needs_a_processor_for(name: str) -> None:
+    """Paddle's kernel of RMSNorm for CPUs kills a process whose processor lacks AVX-512."""
+    if name == "rms_norm" and paddle.device.get_device() == "cpu" and not processor.has_avx512():
+        pytest.skip("Paddle's CPU kernel of RMSNorm needs AVX-512, which this processor has not")
+
+
 @pytest.mark.parametrize("name", TWIN)
 def test_twins_agree_forward_and_backward(name):
+    needs_a_processor_for(name)
     twins = TWIN[name]
     for number, sample in enumerate(twins.samples("float32")):
         expected = fusion_ops._run(twins, twins.plain, sample)
@@ -34,6 +41,7 @@ def test_twins_agree_forward_and_backward(name):
 
 @paddle.no_grad()
 def test_fused_rms_norm_agrees_where_only_its_forward_kernel_exists():
+    needs_a_processor_for("rms_norm")
     for dtype in ("float32", "bfloat16", "float16") if paddle.device.get_device() != "cpu" else ("float32",):
         x, weight, eps = TWIN["rms_norm"].samples(dtype)[0]
         found = fusion_ops.fused_rms_norm(x, weight, eps).astype("float32")

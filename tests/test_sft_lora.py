@@ -273,6 +273,7 @@ import numpy as np, paddle, paddle.distributed as dist, twins
 from test_sft_lora import our_loss, spec
 from aquila_pd.quantization.nf4 import quantize_model
 from aquila_pd.sft.adapters import adapter_state, attach
+from aquila_pd.sft.launch import leave
 
 dist.init_parallel_env()
 rank = dist.get_rank()
@@ -293,6 +294,7 @@ for name, parameter in adapter_state(model).items():
     assert np.abs(alone).max() > 0, name
     twins.assert_close(both[name], alone, 1e-5 * np.abs(alone).max() + 1e-8, name)
 print("equal")
+leave(0)
 """
 
 
