@@ -40,8 +40,8 @@ def asks() -> list[signal.Signals]:
 def leave(status: int) -> NoReturn:
     """End this rank at once with an exit status; what it had to write is written.
 
-    Taking down Python and Paddle's threads and sockets gains nothing here, and can abort: seen once, as signal
-    6 of a rank that had done all its work.
+    A common exit can abort rank 0 (signal 6, without a word) when all its work is done: the thread that serves Paddle's
+    TCPStore hears that another rank has hung up while the objects it needs for that are being taken down.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more; closed; None
