@@ -41,16 +41,20 @@ def rms_norm(x, weight, eps: float):
 
 
 def _normed(x, weight, eps: float):
-    if math.prod(x.shape) > SMALL:
-        return _norm(x, weight, eps)
+    size = math.prod(x.shape)
+    if not HAS_KERNEL and size == weight.shape[0]:  # one row has one number r, and scaling by a number is no broadcast
+        r = _C_ops.rsqrt_(_C_ops.scale_(_C_ops.squared_l2_norm(x), 1 / size, eps, True))
+        return _C_ops.scale_(_C_ops.multiply(x, weight), r, 0.0, True)
+    if size > SMALL:
+        return _rows_normed(x, weight, eps)
     with threads.one():
-        return _norm(x, weight, eps)
+        return _rows_normed(x, weight, eps)
 
 
-def _norm(x, weight, eps: float):
+def _rows_normed(x, weight, eps: float):
     if HAS_KERNEL:
         return fused_rms_norm(x, weight, None, eps, begin_norm_axis=x.ndim - 1)[0]
-    rows = _C_ops.reshape(x, [-1, x.shape[-1]])
+    rows = _C_ops.reshape(x, [-1, weight.shape[0]])
     scale = _C_ops.matmul(_per_row(rows, eps), _C_ops.reshape(weight, [1, -1]), False, False)  # r w
     return _C_ops.reshape(_C_ops.multiply_(scale, rows), x.shape)
 

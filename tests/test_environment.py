@@ -123,8 +123,15 @@ def test_nothing_is_set_when_paddle_is_already_loaded(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("cpuinfo", "found"),
-    [(ZEN4, True), (ZEN4.replace("AuthenticAMD", "GenuineIntel"), True), (AMD, False), (INTEL, False), (ARM, False)]
-    + [(ZEN4.replace(" avx512vl", ""), False), ("", False)],
+    [
+        (ZEN4, True),
+        (ZEN4.replace("AuthenticAMD", "GenuineIntel"), True),
+        (ZEN4.replace(" avx512vl", ""), False),
+        (AMD, False),
+        (INTEL, False),
+        (ARM, False),
+        ("", False),
+    ],
 )
 def test_avx512_is_known_of_every_vendors_processors(monkeypatch, cpuinfo, found):
     monkeypatch.setattr(processor, "first_block", lambda: cpuinfo)
