@@ -24,6 +24,7 @@ from harness import machine  # noqa: E402
 
 from aquila_pd import threads  # noqa: E402
 from aquila_pd.fusion_ops import TWINS  # noqa: E402
+from aquila_pd.heap import keep_freed_memory  # noqa: E402
 from aquila_pd.masks import Mask, PackedMask  # noqa: E402
 from aquila_pd.rotary import Angles  # noqa: E402
 
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of Paddle on a CPU (default: 1)")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
+    keep_freed_memory()  # as models do
     threads.use(args.threads)
     paddle.seed(0)
     T, device = args.tokens, paddle.device.get_device()
