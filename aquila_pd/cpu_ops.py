@@ -28,7 +28,7 @@ from .rotary import Angles
 SCORES = 1 << 20  # attention scores at a time: they stay in the cache while they become weights
 FEW, LARGE = 8, 1 << 22  # rows, and numbers of a weight: measured in benchmarks/RESULTS.md
 SMALL = 1 << 18  # numbers: what is done with fewer is done before a second thread is awake
-# Paddle's kernel of RMSNorm for CPUs is compiled for AVX-512 and asks no processor: others kill the process (SIGILL).
+# Paddle's kernel of RMSNorm for CPUs is compiled for AVX-512 and does not ask: without it the process dies (SIGILL).
 HAS_KERNEL = processor.has_avx512()
 
 

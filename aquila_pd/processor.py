@@ -86,7 +86,7 @@ def best_path(flags: set[str]) -> str | None:
 @cache
 def has_avx512() -> bool:
     """Whether this processor can run what was compiled for AVX-512; False where the system does not tell."""
-    return NEEDS[AVX512] <= _described(first_block())[1]
+    return best_path(_described(first_block())[1]) == AVX512
 
 
 def _described(cpuinfo: str) -> tuple[str, set[str]]:

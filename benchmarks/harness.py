@@ -19,7 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "torch", "transformers", "tokenizers", "numpy")
-VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # the widest instructions of a processor: most of its speed
+# The widest instructions of a processor are most of its speed. aquila_pd knows them too, and is not asked: importing it
+# sets variables that every side started later would get.
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def mkl_setting() -> str:

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [folder for folder in (str(HERE.parent), str(HERE)) if folder not in sys.path]
 
 import aquila_pd  # noqa: E402, F401  before paddle, for its choice of matrix kernels
 
@@ -62,6 +63,7 @@ def seconds(function: Callable, given: tuple, backward: bool) -> float:
 
 
 def ratio(twins, given: tuple, *, backward: bool, rounds: int) -> str:
+    seconds(twins.plain, given, backward)  # what fails here are the arguments
     try:
         seconds(twins.fused, given, backward)
     except Exception as error:  # the doctor says which kernel is missing
@@ -73,10 +75,10 @@ def ratio(twins, given: tuple, *, backward: bool, rounds: int) -> str:
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
-def cells(twins, device: str, T: int, rounds: int) -> list[str]:
+def cells(twins, kind: str, T: int, rounds: int) -> list[str]:
     """A prompt, a prompt with its gradients, a step over keys that are there; "-" for what is never asked of it."""
     prompt = arguments(twins.name, T, T)
-    differentiated = device not in twins.no_backward_on
+    differentiated = kind not in twins.no_backward_on
     return [
         ratio(twins, prompt, backward=False, rounds=rounds),
         ratio(twins, prompt, backward=True, rounds=rounds) if differentiated else "-",
@@ -99,9 +101,9 @@ def main() -> None:
     print(f"{device}, {args.threads} threads; {machine()}\n")
     print(f"| time, plain = 1 | forward, {T} tokens | with backward, {T} tokens | forward, 1 token over {4 * T} |")
     print("|---|---|---|---|")
+    kind = device.split(":")[0]
     for twins in TWINS:
-        here = twins.on(device.split(":")[0])
-        print(f"| {twins.name} | {' | '.join(cells(here, device.split(':')[0], T, args.rounds))} |", flush=True)
+        print(f"| {twins.name} | {' | '.join(cells(twins.on(kind), kind, T, args.rounds))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # last: none of its names hides another
 
 import bench
+import operations
 from chart import draw_ratios
 from parts import LAST, NLP, OURS, PARTS, RATIOS, SMOKE, TORCH, Case, Part, Script, loads, sides, starts, tokenizing
 from ratios import HIGH, LOW, MET, MET_MEDIAN, MISSED, MISSED_MEDIAN, Of, Ratio, bars_table, spread, summary, verdict
@@ -261,3 +262,21 @@ def test_a_tiny_model_is_measured_end_to_end(tmp_path):
         assert all(found[figure] > 0 for found in (ours, theirs) for figure in ("seconds", "cpu", "peak_mb"))
     assert "prefill_chunk is 0" in results.errors[f"wrong, {OURS}"]  # and the process went on to the next case
     assert set(results.errors) <= {f"wrong, {side}" for side in (OURS, LAST)}
+
+
+# ------------------------------------------------------------------------------------------------ single commands
+
+
+def test_every_operation_is_measured_beside_its_plain_twin(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["operations.py", "--tokens", "8", "--rounds", "1"])
+    operations.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {twins.name}" for twins in operations.TWINS]
+    if operations.paddle.device.get_device() == "cpu":  # where every operation has a twin
+        assert not any("not available" in row for row in rows), rows
+
+
+def test_arguments_that_an_operation_does_not_take_end_the_measuring():
+    """They were once shown as a kernel that is not there."""
+    with pytest.raises(TypeError):
+        operations.ratio(operations.TWINS[0], (), backward=False, rounds=1)

@@ -99,7 +99,7 @@ def away_from_one(*shape):
     return normal(*shape, seed=4) + 3
 
 
-ROUNDING = 4e-6  # two units of the largest values, which are above 16
+ROUNDING = {"rms_norm": 4e-6, "swiglu": 1e-6}  # of values; two units of the largest of RMSNorm, which are above 16
 OPERATIONS = {
     "rms_norm": lambda module: lambda x, weight: module.rms_norm(x, weight, 1e-2),
     "swiglu": lambda module: module.swiglu,
@@ -128,7 +128,7 @@ def test_gradients_by_hand_are_the_plain_twins(name, frozen):
     for found, right in zip(with_gradients(name, cpu_ops, frozen), expected, strict=True):
         assert (found is None) == (right is None)
         if right is not None:
-            assert_close(found, right, ROUNDING)
+            assert_close(found, right, 3e-6)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -145,9 +145,9 @@ def test_control_other_inputs_have_other_gradients(name):
 def test_without_gradients_the_value_is_the_plain_twins(name):
     with paddle.no_grad():
         expected = OPERATIONS[name](fusion_ops)(*INPUTS[name]()).numpy()
-        assert_close(OPERATIONS[name](cpu_ops)(*INPUTS[name]()), expected, ROUNDING)
+        assert_close(OPERATIONS[name](cpu_ops)(*INPUTS[name]()), expected, ROUNDING[name])
     found = OPERATIONS[name](cpu_ops)(*INPUTS[name]())  # frozen inputs: nothing to keep for a backward pass
-    assert_close(found, expected, ROUNDING)
+    assert_close(found, expected, ROUNDING[name])
     assert found.stop_gradient
 
 
