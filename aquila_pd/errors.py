@@ -3,6 +3,9 @@
 What it repeats out of files may be hostile: it is cut, and what would steer a terminal is escaped.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 SHOWN = 200  # characters of a text, or of a value, that a message repeats
 LINE = 2000  # characters of one line of a message
 FINDINGS = 100  # lines of a report
@@ -74,6 +77,20 @@ class TrainingError(AquilaError):
 
 class InstallationError(AquilaError, ImportError):
     """An installed package is missing or of a version this project does not work with; also an ImportError."""
+
+
+@contextmanager
+def only_in_the_package(what: str) -> Iterator[None]:
+    """Around the import of a module that a converted folder's copy of the code leaves out.
+
+    There it raises InstallationError: `what` needs the package. Any other missing module is passed on.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("aquila_pd", __name__.split(".")[0]):
+            raise
+        raise InstallationError(f"{what} needs the package: pip install aquila_pd.", name="aquila_pd") from error
 
 
 def report(headline: str, findings: list[str], advice: str) -> str:

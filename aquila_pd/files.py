@@ -27,6 +27,13 @@ BYTES_PER_BRACKET = 8
 FEW = 1_000_000  # brackets that are no matter
 
 
+def refuse_larger(path: Path, limit: int, error: type[AquilaError]) -> None:
+    """Raise `error` for a file of more bytes than one of its kind has."""
+    size = path.stat().st_size
+    if size > limit:
+        raise error(f"{path} has {size:,} bytes; more than {limit:,} are taken for damage. Fetch it again.")
+
+
 def why_not_a_file(path: Path) -> str | None:
     """What is wrong with a path that should be a file one can read and be done with; None for such a file."""
     try:
@@ -138,6 +145,26 @@ def hash_file(path: Path) -> str:
     """The sha256 of a file in hex digits, read in pieces."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
+
+
+def files_under(folder: Path, *, without: str = "__pycache__") -> list[str]:
+    """The files in a folder and in its subfolders, as paths relative to it with "/" between; sorted.
+
+    without: the name of subfolders that are left out; Python's caches appear when code in the folder is used.
+    """
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != without)
+        found += [(Path(place) / name).relative_to(folder).as_posix() for name in names]
+    return sorted(found)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` for every file and every folder under this one, and for itself."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(place, name))
+        sync(Path(place))
 
 
 def sync(path: Path) -> None:

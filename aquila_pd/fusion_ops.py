@@ -17,7 +17,8 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from . import cpu_ops, training_ops
+from . import cpu_ops
+from .errors import only_in_the_package
 from .masks import Mask, PackedMask, causal_mask
 from .rotary import Angles
 
@@ -150,6 +151,13 @@ def fused_packed_attention(q, k, v, mask: PackedMask):
     return F.flashmask_attention(q, k, v, startend_row_indices=hidden_from, causal=True)
 
 
+def packed_attention_on_cpu(q, k, v, mask: PackedMask):
+    """`packed_attention` in training on a CPU; a converted folder's copy of the code has not got it."""
+    with only_in_the_package("Fast training on a CPU"):
+        from . import training_ops
+    return training_ops.packed_attention(q, k, v, mask)
+
+
 # ---------------------------------------------------------------------------------- choosing a twin
 
 
@@ -273,7 +281,7 @@ TWINS = (
         _packed_samples,
         differentiated=3,
         half_only=True,
-        on_cpu=training_ops.packed_attention,
+        on_cpu=packed_attention_on_cpu,
     ),
 )
 PROJECTIONS = Choice("projections", "plain", "model.fuse_projections() joins q/k/v and gate/up in a running model")

@@ -5,10 +5,6 @@ Letters in shapes: B batch, T query length, S key length, C key length with the 
 N query heads, K key/value heads, H head size, V vocabulary, L layers.
 """
 
-# isort: off
-from .startup import READY  # noqa: F401  before paddle is loaded, also where the package is not installed
-
-# isort: on
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -23,7 +19,7 @@ from paddlenlp.transformers.model_outputs import (
 from .cache import KVCache
 from .configuration import AquilaConfig
 from .cross_entropy import linear_cross_entropy
-from .errors import AquilaError, InstallationError
+from .errors import AquilaError, only_in_the_package
 from .fusion_ops import Ops, attention_with_weights, select
 from .heap import keep_freed_memory
 from .masks import Mask, PackedMask, causal_mask, full_mask, hide_beyond, keep_mask, positions
@@ -408,13 +404,8 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
 
         Raises InstallationError in a converted folder used where aquila_pd is not installed: generate() works there.
         """
-        try:
+        with only_in_the_package("predict()"):
             from aquila_pd.chat.predict import predict
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != "aquila_pd":
-                raise
-            message = "predict() needs the package: pip install aquila_pd."
-            raise InstallationError(message, name="aquila_pd") from error
         return predict(self, text, tokenizer, **options)
 
 

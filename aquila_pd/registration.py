@@ -5,12 +5,13 @@ internals; versions.py pins the release they were read in, and a test loads thro
 Nothing heavy is imported here: `register_when_needed` waits until somebody imports paddlenlp.
 """
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
 
+PACKAGE = __name__.split(".")[0]  # in a converted folder the package has another name
 TRIGGER = "paddlenlp.transformers"
 TASKS = ("Model", "ForCausalLM", "ForSequenceClassification")
 
@@ -70,42 +71,23 @@ def _stand_in_package() -> None:
     """
     if "paddlenlp.transformers.aquila" in sys.modules:
         return
-    package = _LazyModule("paddlenlp.transformers.aquila", _tokenizer)
+    package = _LazyModule("paddlenlp.transformers.aquila", "tokenizer")
     package.__path__ = []  # a package: its submodules are then looked up in sys.modules
     sys.modules[package.__name__] = package
-    for part, load in {"configuration": _configuration, "modeling": _modeling, "tokenizer": _tokenizer}.items():
-        stand_in = _LazyModule(f"{package.__name__}.{part}", load)
+    for part in ("configuration", "modeling", "tokenizer"):
+        stand_in = _LazyModule(f"{package.__name__}.{part}", part)
         setattr(package, part, stand_in)
         sys.modules[stand_in.__name__] = stand_in
 
 
 class _LazyModule(types.ModuleType):
-    """Looks like the module it stands in for, and imports it at the first attribute."""
+    """Looks like a module of this package, and imports it at the first attribute."""
 
-    def __init__(self, name: str, load: Callable):
+    def __init__(self, name: str, part: str):
         super().__init__(name)
-        self._load = load
+        self._part = part
 
     def __getattr__(self, name: str):
         if name.startswith("__") and name != "__all__":
             raise AttributeError(name)
-        return getattr(self._load(), name)
-
-
-# By class and not by module name: in a converted folder the modules have other names.
-def _configuration():
-    from .configuration import AquilaConfig
-
-    return sys.modules[AquilaConfig.__module__]
-
-
-def _modeling():
-    from .modeling import AquilaModel
-
-    return sys.modules[AquilaModel.__module__]
-
-
-def _tokenizer():
-    from .tokenizer import AquilaTokenizer
-
-    return sys.modules[AquilaTokenizer.__module__]
+        return getattr(importlib.import_module(f"{PACKAGE}.{self._part}"), name)

@@ -1,6 +1,7 @@
 """SentencePiece models (tokenizer.model): read, and made into a `tokenizers.Tokenizer` that gives the same ids.
 
-What the files beside a model add to it - bos and eos around a text, more tokens - is tokenizer_folder.py's subject.
+What the files beside a model add to it - bos and eos around a text, more tokens -
+is tokenizer_sentencepiece.py's subject.
 """
 
 import math
@@ -15,7 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from .errors import TokenizerError, report
-from .files import refuse_lfs_pointer
+from .files import refuse_larger, refuse_lfs_pointer
 from .sentencepiece_merges import Merges, recover_merges
 
 SPACE = "▁"  # how pieces spell a space
@@ -150,16 +151,9 @@ def read_model(path: Path) -> SentencePieceModel:
     """The model in a tokenizer.model. Raises TokenizerError when it is damaged."""
     path = Path(path)
     refuse_lfs_pointer(path, TokenizerError)
-    refuse_larger(path, MAX_BYTES)
+    refuse_larger(path, MAX_BYTES, TokenizerError)
     found = path.stat()
     return read_once(path, (found.st_mtime_ns, found.st_size))
-
-
-def refuse_larger(path: Path, limit: int) -> None:
-    """Raise TokenizerError for a file of more bytes than one of its kind has."""
-    size = path.stat().st_size
-    if size > limit:
-        raise TokenizerError(f"{path} has {size:,} bytes; more than {limit:,} are taken for damage. Fetch it again.")
 
 
 @lru_cache(maxsize=1)  # names, tokens and ids of one folder are asked for one after the other

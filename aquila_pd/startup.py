@@ -1,6 +1,6 @@
-"""What has to happen before paddle is loaded, done once by importing this module.
+"""What has to happen before paddle is loaded, done once by the package's __init__.
 
-The package imports it first, and so does modeling.py, for a converted folder that carries only flat modules.
+A converted folder carries a copy of the package, so it happens there too.
 """
 
 import logging

@@ -25,12 +25,12 @@ from paddlenlp.transformers.tokenizer_utils_base import (
 )
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from .errors import TokenizerError
+from .errors import TokenizerError, only_in_the_package
 from .files import write_text
+from .tokenizer_backend import is_byte_level
 from .tokenizer_chat import ChatMixin
 from .tokenizer_config import content_of, named_in, read_config, special_names
-from .tokenizer_folder import build_bpe, build_sentencepiece, is_byte_level, load_backend, require_tokenizer
-from .tokenizer_gguf import from_gguf
+from .tokenizer_folder import build_bpe, load_backend, require_tokenizer
 from .tokenizer_pieces import PieceEncoder
 from .tokenizer_save import write_files
 from .tokenizer_tiktoken import FastIds
@@ -139,6 +139,8 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
         """
         path = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if path.suffix == ".gguf" and path.is_file():
+            with only_in_the_package("The tokenizer of a GGUF file"):
+                from .tokenizer_gguf import from_gguf
             backend, config = from_gguf(path)
             return cls(tokenizer_object=backend, **{**config, **kwargs})
         if path.is_dir():
@@ -448,6 +450,8 @@ def open_backend(
     if vocab_file and merges_file:
         return build_bpe(Path(vocab_file), Path(merges_file), config=config)
     if sentencepiece_file:
+        with only_in_the_package("A folder with tokenizer.model and without tokenizer.json"):
+            from .tokenizer_sentencepiece import build_sentencepiece
         return build_sentencepiece(Path(sentencepiece_file), config=config)
     raise TokenizerError(
         f"AquilaTokenizer was given vocab_file={vocab_file!r} and merges_file={merges_file!r}.\n"

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from .errors import TokenizerError, report, shown_value
+from .errors import TokenizerError, only_in_the_package, report, shown_value
 from .files import read_object, read_text
-from .sentencepiece_files import read_model
 
 TOKENIZER_JSON = "tokenizer.json"
 VOCAB_JSON = "vocab.json"
@@ -80,6 +79,8 @@ def read_config(folder: Path) -> dict:
         config["chat_template"] = template
     check_config(config, folder)
     if rests_on_sentencepiece(folder):
+        with only_in_the_package("A folder with tokenizer.model and without tokenizer.json"):
+            from .sentencepiece_files import read_model
         config.update(read_model(folder / SENTENCEPIECE).names | named_in(config))
     return config
 

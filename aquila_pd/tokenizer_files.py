@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from .files import write_text
 from .sentencepiece_files import doubts as doubts_of_model
 from .sentencepiece_files import read_model
+from .tokenizer_backend import is_byte_level
 from .tokenizer_config import (
     AQUILA_SPECIALS,
     CONFIG_JSON,
@@ -23,7 +24,7 @@ from .tokenizer_config import (
     rests_on_sentencepiece,
     special_names,
 )
-from .tokenizer_folder import is_byte_level, load_backend, load_tokenizer_json
+from .tokenizer_folder import load_backend, load_tokenizer_json
 from .tokenizer_gguf import chat_template_in, from_gguf, sentencepiece_in
 from .tokenizer_save import write_files
 

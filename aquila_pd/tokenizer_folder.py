@@ -2,24 +2,31 @@
 
 Vocabulary, merges and splitting pattern come from the folder; the one thing known beside it is the short list of
 Aquila's special tokens, which the published folder uses and does not list (tokenizer_config.py has it). How a
-tokenizer.model becomes a Tokenizer is in sentencepiece_files.py.
+tokenizer.model becomes a Tokenizer is in tokenizer_sentencepiece.py.
 """
 
-from itertools import groupby
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models
 
-from .errors import TokenizerError, report
-from .files import MAX_TEXT, refuse_lfs_pointer
-from .sentencepiece_files import SentencePieceModel, build_backend, check_model, read_model, refuse_larger
+from .errors import TokenizerError, only_in_the_package, report
+from .files import MAX_TEXT, refuse_larger, refuse_lfs_pointer
+from .tokenizer_backend import (
+    LLAMA,
+    LLAMA3_PATTERN,
+    PRE_TOKENIZERS,
+    add_with_ids,
+    check_names,
+    ends_of_a_text,
+    is_byte_level,
+    set_pipeline,
+    special,
+    surround,
+)
 from .tokenizer_config import (
-    ADDED_TOKENS_JSON,
     AQUILA_SPECIALS,
-    CONFIG_JSON,
     MERGES_TXT,
     SENTENCEPIECE,
-    SPECIAL_MAP_JSON,
     TOKENIZER_JSON,
     VOCAB_JSON,
     added_tokens_of,
@@ -34,24 +41,7 @@ from .tokenizer_config import (
 
 MAX_TOKENIZER_JSON = 256_000_000  # bytes; the largest known have thirty million
 
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
 
-# How text is cut before merging, by the names GGUF files use in tokenizer.ggml.pre. Checked against the table in
-# llama.cpp's llama-vocab.cpp: its second column is the pattern each name stands for.
-#   gpt-2     the pattern of GPT-2, which the tokenizers library has built in
-#   digits    every digit on its own, then GPT-2's pattern (SmolLM, StarCoder)
-#   otherwise a regular expression; "qwen2" also normalizes to NFC, "llama-bpe" looks for whole words before it merges
-PRE_TOKENIZERS = {
-    "gpt-2": "gpt-2",
-    "smollm": "digits",
-    "starcoder": "digits",
-    "refact": "digits",
-    "qwen2": QWEN2_PATTERN,
-    "llama-bpe": LLAMA3_PATTERN,
-}
 # The class named in tokenizer_config.json decides the pattern of a vocab.json + merges.txt folder.
 CLASS_TO_PRE = {
     None: "gpt-2",
@@ -61,8 +51,6 @@ CLASS_TO_PRE = {
     "Qwen2Tokenizer": "qwen2",
     "Qwen2TokenizerFast": "qwen2",
 }
-# Classes that put bos in front of a text, and no eos behind it, unless told otherwise.
-LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 
 
 def load_backend(folder: Path, *, pre_tokenizer: str | None = None) -> Tokenizer:
@@ -85,6 +73,8 @@ def load_backend(folder: Path, *, pre_tokenizer: str | None = None) -> Tokenizer
     require_tokenizer(folder)
     config = read_config(folder)
     if rests_on_sentencepiece(folder):
+        with only_in_the_package("A folder with tokenizer.model and without tokenizer.json"):
+            from .tokenizer_sentencepiece import build_sentencepiece
         return build_sentencepiece(folder / SENTENCEPIECE, config=config)
     if pre_tokenizer is not None:
         config["pre_tokenizer"] = pre_tokenizer
@@ -109,7 +99,7 @@ def require_tokenizer(folder: Path) -> None:
 def load_tokenizer_json(path: Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json, without the padding and truncation it may have been saved with."""
     refuse_lfs_pointer(path, TokenizerError)
-    refuse_larger(path, MAX_TOKENIZER_JSON)
+    refuse_larger(path, MAX_TOKENIZER_JSON, TokenizerError)
     try:
         backend = Tokenizer.from_file(str(path))
         backend.encode("a")  # some of what is wrong in it shows when it is used
@@ -169,50 +159,11 @@ def make_special(backend: Tokenizer, names: dict, config: dict) -> None:
     backend.add_special_tokens([special(token) for token in held])
 
 
-def build_sentencepiece(file: Path, *, config: dict) -> Tokenizer:
-    """The tokenizer of a tokenizer.model; see `from_sentencepiece`."""
-    return from_sentencepiece(read_model(file), file, config=config)
-
-
-def from_sentencepiece(model: SentencePieceModel, file: Path, *, config: dict) -> Tokenizer:
-    """The tokenizer of a model found in a file; `config` is what `read_config` returns for its folder.
-
-    Added tokens keep the ids the config gives them. bos goes in front of every text and eos behind none, as LLaMA's
-    tokenizers have it, unless add_bos_token and add_eos_token say otherwise; add_prefix_space and legacy mean what
-    they mean there. Raises TokenizerError for a model that cannot be followed to the same ids, for added tokens that
-    cannot have their ids, for named tokens that do not exist, and for a class whose way with bos is not known.
-    """
-    check_model(model, file)
-    ends = ends_of_a_text(config)
-    config = {**config, **model.names, **named_in(config)}
-    backend = build_backend(
-        model, prefix=config.get("add_prefix_space") is not False, legacy=config.get("legacy") is not False
-    )
-    added = [(token_id, found_as_written(token)) for token_id, token in added_tokens_of(config)]
-    add_with_ids(backend, {piece: i for i, piece in enumerate(model.pieces)}, added)
-    names = special_names(config, backend)
-    check_names(names, backend, file.parent)
-    backend.add_special_tokens([special(token) for token in dict.fromkeys(names.values())])
-    surround(backend, names, ends=ends)
-    return backend
-
-
-def ends_of_a_text(config: dict) -> tuple[bool, bool]:
-    """Whether the class of a SentencePiece tokenizer puts bos before and eos behind a text."""
-    name = config.get("tokenizer_class")
-    if name not in (None, "AquilaTokenizer", *LLAMA) and config.get("add_bos_token") is None:
-        raise TokenizerError(
-            f"tokenizer_config.json names the class {name}; whether it puts bos before a text is not known.\n"
-            'Write "add_bos_token": true or false there (and "add_eos_token", which is false by default).'
-        )
-    return config.get("add_bos_token") is not False, bool(config.get("add_eos_token"))
-
-
 def read_bpe(vocab_file: Path, merges_file: Path) -> models.BPE:
     for file in (vocab_file, merges_file):
         if file.is_file():
             refuse_lfs_pointer(file, TokenizerError)
-            refuse_larger(file, MAX_TEXT)
+            refuse_larger(file, MAX_TEXT, TokenizerError)
     try:
         return models.BPE.from_file(str(vocab_file), str(merges_file))
     except (KeyboardInterrupt, SystemExit):
@@ -235,95 +186,8 @@ def pre_tokenizer_of_class(config: dict) -> str:
     return CLASS_TO_PRE[name]
 
 
-def set_pipeline(backend: Tokenizer, pre: str, *, add_prefix_space: bool = False) -> None:
-    """Everything around the BPE itself: normalizer, splitting pattern, decoder and offsets."""
-    if pre not in PRE_TOKENIZERS:
-        raise TokenizerError(
-            f"The pre-tokenizer {pre!r} is not known, so text would be cut in the wrong places.\n"
-            f"Known are: {', '.join(PRE_TOKENIZERS)}. Use the model's original Hugging Face folder instead."
-        )
-    pattern = PRE_TOKENIZERS[pre]
-    if pattern == "gpt-2":
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    elif pattern == "digits":
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    else:
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-
-
-def surround(backend: Tokenizer, names: dict, *, ends: tuple[bool, bool]) -> None:
-    """Encoding puts bos before and eos behind every text, each where `ends` asks for it and the token has a name."""
-    bos, eos = (names.get(key) if asked else None for key, asked in zip(("bos_token", "eos_token"), ends, strict=True))
-    if bos is None and eos is None:
-        return
-    parts = [filter(None, (bos and f"{bos}:{i}", f"${name}:{i}", eos and f"{eos}:{i}")) for i, name in enumerate("AB")]
-    single, second = map(list, parts)
-    ids = [(token, backend.token_to_id(token)) for token in {bos, eos} if token is not None]
-    template = processors.TemplateProcessing(single=single, pair=single + second, special_tokens=ids)
-    before = [] if backend.post_processor is None else [backend.post_processor]
-    backend.post_processor = processors.Sequence([*before, template])
-
-
-def special(token: str) -> AddedToken:
-    return AddedToken(token, special=True, normalized=False)
-
-
-def found_as_written(token: AddedToken) -> AddedToken:
-    """The token, looked for before a text is normalized: normalizing would put a space in front of its own text too."""
-    kept = {key: getattr(token, key) for key in ("lstrip", "rstrip", "single_word", "special")}
-    return AddedToken(token.content, normalized=False, **kept)
-
-
 def is_bare_aquila(vocab: dict, names: dict, added: list[tuple[int, AddedToken]]) -> bool:
     """Whether the folder means Aquila's eight special tokens without listing any of them."""
     listed = set(vocab) | {token.content for _, token in added}
     bos_and_eos = names.get("bos_token"), names.get("eos_token")
     return bos_and_eos in (("[CLS]", "</s>"), (None, None)) and listed.isdisjoint(AQUILA_SPECIALS)
-
-
-def add_with_ids(backend: Tokenizer, vocab: dict, added: list[tuple[int, AddedToken]]) -> None:
-    """Register added tokens and prove that each has the id its file gives it (the library only counts upwards)."""
-    in_order = [token for _, token in sorted(added, key=lambda pair: pair[0])]
-    for is_special, tokens in groupby(in_order, key=lambda token: token.special):
-        add = backend.add_special_tokens if is_special else backend.add_tokens
-        add(list(tokens))  # in one call: each goes through all the tokens there are
-    wrong = [
-        f"{token.content!r} should have id {wanted}, would get {backend.token_to_id(token.content)}"
-        for wanted, token in added
-        if backend.token_to_id(token.content) != wanted
-    ]
-    highest = max(vocab.values(), default=-1)
-    if added and highest >= len(vocab):
-        wrong.append(f"the ids of vocab.json run to {highest}, though it has only {len(vocab)} entries")
-    if wrong:
-        raise TokenizerError(
-            report(
-                "The added tokens do not fit the vocabulary:",
-                wrong,
-                "The vocabulary and the added tokens come from different models, or one of them has lost entries.",
-            )
-        )
-
-
-def check_names(names: dict, backend: Tokenizer, folder: Path) -> None:
-    missing = [f"{key:<12}{token!r}" for key, token in names.items() if backend.token_to_id(token) is None]
-    if missing:
-        raise TokenizerError(
-            report(
-                f"{folder} names special tokens that its vocabulary does not hold:",
-                missing,
-                f"Give them ids in {ADDED_TOKENS_JSON}, or correct {CONFIG_JSON} and {SPECIAL_MAP_JSON}.",
-            )
-        )
-
-
-def is_byte_level(backend: Tokenizer) -> bool:
-    """Whether tokens are bytes spelled as letters; vocab.json and merges.txt can say all of such a tokenizer."""
-    return backend.decoder is not None and b"ByteLevel" in backend.decoder.__getstate__()

@@ -9,8 +9,9 @@ from tokenizers import AddedToken, Tokenizer, models
 from .errors import TokenizerError, report
 from .gguf_file import PRE_TOKENIZER, UNNAMED, open_gguf, pre_tokenizer_note, read_value
 from .sentencepiece_files import BPE, BYTE, SentencePieceModel
+from .tokenizer_backend import set_pipeline, special, surround
 from .tokenizer_config import named_in
-from .tokenizer_folder import from_sentencepiece, set_pipeline, special, surround
+from .tokenizer_sentencepiece import from_sentencepiece
 
 logger = logging.getLogger(__name__)
 

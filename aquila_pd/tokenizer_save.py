@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from .errors import TokenizerError
 from .files import refuse_lfs_pointer, write_text
+from .tokenizer_backend import is_byte_level
 from .tokenizer_config import (
     CONFIG_JSON,
     MERGES_TXT,
@@ -19,7 +20,6 @@ from .tokenizer_config import (
     VOCAB_JSON,
     special_names,
 )
-from .tokenizer_folder import is_byte_level
 
 # Keys of a source's tokenizer_config.json that speak of classes and files of another library, or (clean-up) damage
 # decoded text. They have no place in the folder we write.

@@ -5,7 +5,6 @@ import json
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -644,11 +643,3 @@ def test_a_space_in_front_comes_where_the_whole_text_would_have_it(tmp_path, leg
     at = plain.index(2)
     assert odd[: at + 2] == plain[: at + 2] and odd[odd.index(2, at + 1) :] == plain[plain.index(2, at + 1) :]
     assert odd.count(1) == 1 and odd.count(2) == 2
-
-
-def test_the_bundle_carries_the_chat_part(tmp_path):
-    from aquila_pd.checkpoint.bundle import write_bundle
-
-    names = write_bundle(Path(tmp_path))
-    wanted = {"chat_templates_aquila_pd.py", "tokenizer_chat_aquila_pd.py", "tokenizer_pieces_aquila_pd.py"}
-    assert wanted <= set(names)

@@ -16,13 +16,14 @@ from safetensors.numpy import load_file
 from aquila_pd import shards
 from aquila_pd.checkpoint import convert as convert_module
 from aquila_pd.checkpoint import moving
-from aquila_pd.checkpoint.bundle import bundled_modules, flatten, write_bundle
+from aquila_pd.checkpoint.bundle import CODE, SHIMS, bundled_files, write_bundle
 from aquila_pd.checkpoint.convert import convert
 from aquila_pd.checkpoint.manifest import MANIFEST
 from aquila_pd.checkpoint.sources import open_source
 from aquila_pd.checkpoint.verify import logits
 from aquila_pd.errors import VerificationError
 from aquila_pd.families.dialect import Dialect, rotate_half_rows
+from aquila_pd.files import files_under
 from convert.torch2paddle import main
 
 QUIET = {"say": lambda text: None}
@@ -263,7 +264,7 @@ def test_report_says_what_was_done(source, tmp_path):
         p.name for p in (tmp_path / "out").glob("*.safetensors")
     )
     assert found["verified"][0]["kind"] == "content"
-    assert {*found["files"], MANIFEST} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert {*found["files"], MANIFEST} == set(files_under(tmp_path / "out"))
     assert found["versions"]["numpy"] == np.__version__
 
 
@@ -367,30 +368,46 @@ def test_uint16_is_paddles_bfloat16_in_both_directions(tmp_path):
 # ------------------------------------------------------------------------------------------------ code
 
 
-def test_bundle_imports_only_what_it_carries(tmp_path):
-    import ast
+LEFT_OUT = ("gguf", "sentencepiece", "training_ops", "torch", "chat/", "checkpoint/", "sft/", "serving/", "generation/")
 
+
+def test_the_bundle_is_a_verbatim_copy_beside_four_one_line_modules(tmp_path):
     written = write_bundle(tmp_path)
-    assert {"modeling_aquila_pd.py", "configuration_aquila_pd.py", "tokenizer_aquila_pd.py", "fusion_ops.py"} <= set(
-        written
-    )
-    for file in written:
-        tree = ast.parse((tmp_path / file).read_text("utf-8"))
-        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        flat = {name for name in modules if name.endswith("_aquila_pd") or name == "fusion_ops"}
-        assert {f"{name}.py" for name in flat} <= set(written)
-        assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    assert "checkpoint" not in bundled_modules()
+    copies = set(written) - set(SHIMS)
+    assert len(copies) == len(written) - 4 and all(name.startswith(f"{CODE}/") for name in copies)
+    package = Path(convert_module.__file__).resolve().parents[1]
+    for name in copies:
+        assert (tmp_path / name).read_bytes() == (package / name.removeprefix(f"{CODE}/")).read_bytes()
+    for shim, module in SHIMS.items():
+        lines = (tmp_path / shim).read_text("utf-8").splitlines()
+        assert [line for line in lines if line[0] != "#"] == [f"from {CODE}.{module} import *"]
 
 
-def test_flattening_rewrites_every_form_of_relative_import():
-    code = "from . import fusion_ops, cache\ndef f():\n    from .errors import (\n        A,\n    )\n"
-    code += "    from . import (\n        shards as s,\n    )\n"
-    flat = flatten(code)
-    assert "import fusion_ops\nimport cache_aquila_pd as cache\n" in flat
-    assert "    from errors_aquila_pd import (\n        A,\n    )\n    import shards_aquila_pd as s\n" in flat
-    compile(flat, "flat", "exec")
+def test_the_bundle_has_the_model_and_the_tokenizer_and_not_the_way_there():
+    files = bundled_files()
+    assert {"__init__.py", "modeling.py", "tokenizer.py", "chat_templates.py", "tokenizer_chat.py"} <= set(files)
+    assert [file for file in files if any(part in file for part in LEFT_OUT)] == []
+
+
+def test_a_module_that_is_imported_when_another_is_loaded_is_in_the_bundle(tmp_path):
+    """Whether it is imported as a module, as a name out of one, or from a folder; but not inside functions."""
+    for name, text in {
+        "__init__.py": "",
+        "configuration.py": "from .parts import a\nif True:\n    from . import b\n",
+        "modeling.py": "class C:\n    from .parts.deep.c import value\n",
+        "tokenizer.py": "def later():\n    from . import never\n",
+        "fusion_ops.py": "import json\nfrom .b import (\n    x,\n)\n",
+        "parts/__init__.py": "",
+        "parts/a.py": "from ..d import y\n",
+        "parts/deep/__init__.py": "",
+        "parts/deep/c.py": "value = 1\n",
+        **{f"{name}.py": "" for name in ("b", "d", "never")},
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    roots = {"__init__.py", "configuration.py", "modeling.py", "tokenizer.py", "fusion_ops.py"}
+    others = {"b.py", "d.py", "parts/__init__.py", "parts/a.py", "parts/deep/__init__.py", "parts/deep/c.py"}
+    assert set(bundled_files(tmp_path)) == roots | others
 
 
 def test_converter_runs_from_a_checkout_and_loads_neither_paddle_nor_torch(source, tmp_path):

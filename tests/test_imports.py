@@ -19,7 +19,16 @@ FILES = (  # of a checkpoint: importing these never loads Paddle
     {"startup"},
     {"versions", "weight_map", "config_checks"},
     {"families", "files", "gguf_file", "sentencepiece_merges", "sentencepiece_files", "shards", "reading"},
-    {"tokenizer_config", "tokenizer_folder", "tokenizer_gguf", "tokenizer_save", "tokenizer_files", "tokenizer_pieces"},
+    {
+        "tokenizer_config",
+        "tokenizer_backend",
+        "tokenizer_sentencepiece",
+        "tokenizer_folder",
+        "tokenizer_gguf",
+        "tokenizer_save",
+        "tokenizer_files",
+        "tokenizer_pieces",
+    },
     {"tokenizer_tiktoken"},
     {"checkpoint"},
 )
@@ -41,9 +50,6 @@ COMMANDS = ({"doctor"}, {"cli"}, {"__init__"})
 LAYERS = (*FILES, *MODEL, *COMMANDS)
 # Imports that go up on purpose, each with its reason.
 ALLOWED = {
-    ("registration", "configuration"): "a hook: runs when PaddleNLP has been loaded, long after its own import",
-    ("registration", "modeling"): "the same hook",
-    ("registration", "tokenizer"): "the same hook",
     ("modeling", "chat.predict"): "model.predict() is what upstream's users call; imported when they do",
     ("checkpoint.verify.logits", "modeling"): "the proof by logits runs the Paddle model",
     **{

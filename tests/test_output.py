@@ -20,6 +20,7 @@ import aquila_pd.checkpoint.convert as converter
 from aquila_pd.checkpoint import output, reporting, staging, terminal
 from aquila_pd.checkpoint.progress import counted
 from aquila_pd.errors import OutputError
+from aquila_pd.files import files_under
 from convert import torch2paddle
 from convert.torch2paddle import main
 
@@ -222,7 +223,7 @@ def test_modes_follow_the_umask(tmp_path, source, run, mask):
         os.umask(before)
     out = tmp_path / "out"
     assert out.stat().st_mode & 0o777 == 0o777 & ~mask
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~mask}
+    assert {(out / name).stat().st_mode & 0o777 for name in files_under(out)} == {0o666 & ~mask}
 
 
 def test_empty_folder_stays_the_same_folder(tmp_path, run, monkeypatch):

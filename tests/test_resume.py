@@ -20,6 +20,7 @@ from pathlib import Path
 import checkpoint_factory as factory
 import pytest
 
+from aquila_pd.files import files_under
 from convert import torch2paddle
 from convert.torch2paddle import main
 
@@ -771,8 +772,8 @@ def test_fsync_puts_every_file_and_its_name_on_the_disk_before_the_folder_appear
     convert_here(place, "--fsync")
     folder, appeared = place.partial, steps.index(("move", place.output))
     last = {path: i for i, (kind, path) in enumerate(steps[:appeared]) if kind == "sync"}
-    for path in place.output.iterdir():
-        assert folder / path.name in last, f"{path.name} was not on the disk"
+    for name in files_under(place.output):
+        assert folder / name in last, f"{name} was not on the disk"
     last_move = max(i for i, (kind, _) in enumerate(steps[:appeared]) if kind == "move")
     assert last[folder] > last_move, "the names of the last files were not on the disk"
     assert ("sync", place.folder) in steps[appeared:]
@@ -791,7 +792,7 @@ def test_fsync_of_an_empty_folder_that_is_filled_reaches_that_folder(place, step
 def test_the_manifest_has_every_file_and_its_hash(place):
     assert place.run().status == 0
     manifest = json.loads((place.output / MANIFEST).read_text())
-    contents = {path.name: path.read_bytes() for path in place.output.iterdir() if path.name != MANIFEST}
+    contents = {name: (place.output / name).read_bytes() for name in files_under(place.output) if name != MANIFEST}
     assert manifest["files"] == {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in sorted(contents.items())

@@ -21,6 +21,7 @@ from aquila_pd.chat_templates import find_template
 from aquila_pd.checkpoint.convert import convert
 from aquila_pd.checkpoint.manifest import MANIFEST, check_manifest
 from aquila_pd.errors import CheckpointError, ConfigError, OutputError
+from aquila_pd.files import files_under
 from aquila_pd.quantization.nf4 import quantize_model
 from aquila_pd.sft import adapter_files, export
 from aquila_pd.sft.adapters import adapter_state, attach, merge
@@ -153,13 +154,13 @@ def test_the_folder_is_a_converted_one_without_a_trace_of_the_adapter(folders, t
         same = any(part in name for part in PLAIN)
         assert value.shape == before[name].shape and value.dtype == before[name].dtype
         assert (value == before[name]).all() == same, name
-    names = {path.name for path in base.iterdir()}
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
-    for path in (tmp_path / "merged").iterdir():
+    names = files_under(base)
+    assert files_under(tmp_path / "merged") == names
+    for path in map((tmp_path / "merged").joinpath, names):
         if path.suffix in (".json", ".safetensors"):
             assert b"lora" not in path.read_bytes() and b"adapter" not in path.read_bytes(), path.name
         if not (path.name == MANIFEST or path.suffix == ".safetensors"):
-            assert path.read_bytes() == (base / path.name).read_bytes(), path.name
+            assert path.read_bytes() == (base / path.relative_to(tmp_path / "merged")).read_bytes(), path.name
     agree, findings, others = check_manifest(tmp_path / "merged", workers=1)
     assert (agree, findings, others) == (len(names) - 1, [], [])
 

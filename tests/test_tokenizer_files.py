@@ -12,7 +12,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from aquila_pd import AquilaTokenizer, gguf_file
-from aquila_pd.checkpoint.bundle import bundled_modules
 from aquila_pd.errors import CheckpointError, TokenizerError
 from aquila_pd.gguf_file import open_gguf
 from aquila_pd.tokenizer_files import AQUILA_SPECIALS, from_gguf, load_backend, write_tokenizer, write_torch_tokenizer
@@ -500,11 +499,6 @@ def test_a_tokenizer_json_without_end_is_not_read(tiny):
         file.truncate(30 * 2**30)  # takes no place on the disk
     with pytest.raises(TokenizerError, match=r"tokenizer.json has 32,212,254,720 bytes; more than 256,000,000"):
         load_backend(tiny)
-
-
-def test_what_a_converted_folder_carries_does_without_the_way_there():
-    assert {"tokenizer_folder", "tokenizer_save"} <= set(bundled_modules())
-    assert "tokenizer_files" not in bundled_modules()
 
 
 def test_tokenizer_files_imports_neither_paddle_nor_torch():

@@ -1,80 +1,78 @@
-"""The modules a converted folder carries, so that its usage text runs where aquila_pd is not installed.
+"""The code a converted folder carries, so that its usage text runs where aquila_pd is not installed.
 
-They lie flat beside the weights: modeling.py becomes modeling_aquila_pd.py, `from .x import y` in it
-`from x_aquila_pd import y`. Only fusion_ops.py keeps its name, as in the published Paddle release.
+One subfolder, CODE, holds verbatim copies of the modules that the model and the tokenizer import when they are loaded;
+beside the weights lie four one-line modules under the names of the published Paddle release. What is imported inside a
+function only (readers of GGUF and SentencePiece files, training on a CPU, chat) stays out, and says so where it is
+asked for (errors.only_in_the_package).
 """
 
 import ast
-import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from ..versions import NAME, VERSION
 
 PACKAGE = Path(__file__).resolve().parent.parent
-ROOTS = ("modeling", "tokenizer")
-KEEPS_ITS_NAME = ("fusion_ops",)
-ORIGIN = f"# From {NAME} {VERSION}.\n"
+CODE = "aquila_pd_code"
+# Beside the weights -> the module it stands for. fusion_ops.py has no suffix in the published release either.
+SHIMS = {
+    "configuration_aquila_pd.py": "configuration",
+    "modeling_aquila_pd.py": "modeling",
+    "tokenizer_aquila_pd.py": "tokenizer",
+    "fusion_ops.py": "fusion_ops",
+}
+ROOTS = ("__init__", *SHIMS.values())
+ORIGIN = f"# From {NAME} {VERSION}: the code is in {CODE}/.\n"
 
 
-def flat_name(module: str) -> str:
-    """The module's name in a converted folder."""
-    return module if module in KEEPS_ITS_NAME else f"{module}_aquila_pd"
-
-
-def bundled_modules(package: Path = PACKAGE) -> list[str]:
-    """The roots and all they import from the package, also inside functions."""
-    found: list[str] = []
-    waiting = list(ROOTS)
+def bundled_files(package: Path = PACKAGE) -> list[str]:
+    """The modules of the bundle as paths inside the package: the roots, and all they import when they are loaded."""
+    found: set[str] = set()
+    waiting = [f"{root}.py" for root in ROOTS]
     while waiting:
-        module = waiting.pop(0)
-        if module not in found:
-            found.append(module)
-            waiting += imported_modules((package / f"{module}.py").read_text("utf-8"))
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += _needed_by(package / file, package)
     return sorted(found)
 
 
-def imported_modules(code: str) -> list[str]:
-    """Modules of the same package that this code imports."""
-    found = []
-    for node in _relative_imports(code):
-        found += [node.module] if node.module else [alias.name for alias in node.names]
-    return found
-
-
 @cache
-def _relative_imports(code: str) -> list[ast.ImportFrom]:
-    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) and node.level]
-    for node in nodes:
-        # a flat folder has no packages; a bundled module that wants one is our own bug
-        assert node.level == 1 and "." not in (node.module or ""), ast.unparse(node)
-    return nodes
-
-
-def flatten(code: str) -> str:
-    """The code with its relative imports turned into imports of flat modules; nothing else changes."""
-    lines = code.splitlines(keepends=True)
-    for node in _relative_imports(code):
-        at = node.lineno - 1
-        indent = lines[at][: node.col_offset]
-        if node.module:
-            lines[at] = re.sub(r"from\s+\.\w+", f"from {flat_name(node.module)}", lines[at], count=1)
+def _needed_by(file: Path, package: Path) -> list[str]:
+    """The modules of the package that this one imports outside of functions, and the __init__ of their folders."""
+    needed = []
+    for node in _run_at_import(ast.parse(file.read_text("utf-8")).body):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
-        flat = [f"{indent}{_import_as(alias)}\n" for alias in node.names]
-        lines[at : node.end_lineno] = ["".join(flat)] + [""] * (node.end_lineno - node.lineno)
-    return "".join(lines)
+        folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        # `from .x import y`: y is a module of the folder x, or a name inside the module x
+        inside = [folder / f"{alias.name}.py" for alias in node.names]
+        modules = [path for path in inside if path.is_file()]
+        if len(modules) < len(inside):
+            modules.append(folder.with_suffix(".py") if folder.with_suffix(".py").is_file() else folder / "__init__.py")
+        parents = [
+            parent / "__init__.py" for module in modules for parent in module.parents if package in parent.parents
+        ]
+        needed += [str(path.relative_to(package)) for path in (*modules, *parents)]
+    return needed
 
 
-def _import_as(alias: ast.alias) -> str:
-    flat, name = flat_name(alias.name), alias.asname or alias.name
-    return f"import {flat}" if flat == name else f"import {flat} as {name}"
+def _run_at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when a module is loaded: not those inside functions."""
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            for part in ("body", "orelse", "finalbody", "handlers"):
+                yield from _run_at_import(getattr(node, part, []))
 
 
 def write_bundle(output: Path, package: Path = PACKAGE) -> list[str]:
-    """Write the modules into a converted folder; return the file names."""
-    written = []
-    for module in bundled_modules(package):
-        code = (package / f"{module}.py").read_text("utf-8")
-        (output / f"{flat_name(module)}.py").write_text(ORIGIN + flatten(code), "utf-8")
-        written.append(f"{flat_name(module)}.py")
-    return written
+    """Write the code into a converted folder; returns the names of the files, relative to it."""
+    written = {f"{CODE}/{file}": (package / file).read_bytes() for file in bundled_files(package)}
+    written |= {shim: f"{ORIGIN}from {CODE}.{module} import *\n".encode() for shim, module in SHIMS.items()}
+    for name, content in written.items():
+        file = output / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return sorted(written)

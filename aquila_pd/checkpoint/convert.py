@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from .. import families, shards
 from ..errors import CheckpointError, ConfigError, OutputError, printable
-from ..files import sync
+from ..files import sync_tree
 from ..shards import INDEX, index_of, write_json
 from .bundle import write_bundle
 from .chat_template import Recorded, choose_template
@@ -167,8 +167,8 @@ def _write(
         hashes = {file: finished.sha256 for file, finished in journal.finished.items()}
         write_manifest(folder, plan, hashes, without=set(OF_THE_RUN))
         _check_unchanged(source, plan, journal)
-        for path in sorted(folder.iterdir()) if fsync else []:
-            sync(path)
+        if fsync:
+            sync_tree(folder)
     for line in _as_lines(findings):
         say(line)
     summary.warnings += findings

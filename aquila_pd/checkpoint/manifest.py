@@ -3,10 +3,10 @@
 It holds no time, path or machine: the same weights and options give the same manifest, byte for byte.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError
-from ..files import hash_file, read_object, write_json
+from ..files import files_under, hash_file, read_object, write_json
 from ..versions import NAME, VERSION
 from .layout import CONFIG
 from .pipeline import in_order
@@ -18,9 +18,10 @@ MANIFEST = "conversion-manifest.json"
 def write_manifest(folder: Path, plan: Plan, hashes: dict[str, str], *, without: set[str]) -> None:
     """Write the manifest of all files in a folder. hashes: those already known; without: names that will not stay."""
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.name not in without | {MANIFEST}:
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": hashes.get(path.name) or hash_file(path)}
+    for name in files_under(folder):
+        if name not in without | {MANIFEST}:
+            path = folder / name
+            files[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or hash_file(path)}
     about = {
         "written_by": f"{NAME} {VERSION}",
         "target": {"framework": plan.target.framework, "architecture": plan.target.architecture},
@@ -31,18 +32,23 @@ def write_manifest(folder: Path, plan: Plan, hashes: dict[str, str], *, without:
 
 
 def read_manifest(folder: Path) -> dict:
-    """File name -> {"bytes", "sha256"} of a folder with a manifest. Raises CheckpointError."""
+    """File -> {"bytes", "sha256"} of a folder with a manifest; a file is a path inside it. Raises CheckpointError."""
     found = read_object(folder / MANIFEST, CheckpointError).get("files")
     if (
         not isinstance(found, dict)
         or CONFIG not in found
         or not all(
-            isinstance(about, dict) and isinstance(about.get("sha256"), str) and Path(name).name == name
+            isinstance(about, dict) and isinstance(about.get("sha256"), str) and _is_inside(name)
             for name, about in found.items()
         )
     ):
         raise CheckpointError(f"{folder / MANIFEST} is not a manifest. Convert again, or fetch the folder again.")
     return found
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and path.as_posix() == name and not path.is_absolute() and ".." not in path.parts
 
 
 def check_manifest(folder: Path, *, workers: int) -> tuple[int, list[str], list[str]]:
@@ -53,5 +59,5 @@ def check_manifest(folder: Path, *, workers: int) -> tuple[int, list[str], list[
     hashes = in_order(lambda name: (name, hash_file(folder / name)), present, workers=workers)
     differing = [name for name, digest in hashes if digest != expected[name]["sha256"]]
     findings += [f"changed     {name}: its sha256 is not the manifest's" for name in differing]
-    others = sorted(path.name for path in folder.iterdir() if path.name not in {*expected, MANIFEST})
+    others = sorted(set(files_under(folder)) - {*expected, MANIFEST})
     return len(present) - len(differing), findings, others

@@ -2,10 +2,10 @@
 
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError, OutputError, report
-from ..files import hash_file
+from ..files import files_under, hash_file
 from ..shards import SHARDS
 from .journal import JOURNAL, LOCK
 from .manifest import MANIFEST, read_manifest
@@ -118,17 +118,25 @@ def _not_of_a_conversion(output: Path, names: list[str]) -> list[str]:
         return [str(error)]
     findings = []
     for name in names:
-        if name in written:
-            findings += _changed(output / name, written[name])
+        within = [file for file in written if PurePosixPath(file).parts[0] == name]
+        if within:
+            findings += _changed_within(output, name, {file: written[file] for file in within})
         elif name not in (MANIFEST, *OF_THE_RUN) and not (name == CACHE and (output / name).is_dir()):
             findings.append(f"it holds {name}, which the conversion did not write")
     return findings
 
 
-def _changed(path: Path, written: dict) -> list[str]:
+def _changed_within(output: Path, name: str, written: dict) -> list[str]:
+    """Findings for a file, or the files of a folder, that are others than were written."""
+    there = {f"{name}/{file}" for file in files_under(output / name)} if (output / name).is_dir() else set()
+    others = [f"it holds {file}, which the conversion did not write" for file in sorted(there - set(written))]
+    return [finding for file, about in written.items() for finding in _changed(output / file, file, about)] + others
+
+
+def _changed(path: Path, name: str, written: dict) -> list[str]:
     """A finding for a file that is another than was written; of large ones only the size is looked at."""
     if not path.is_file():
-        return [f"{path.name} is no file any more"]
+        return [f"{name} is no file any more"]
     size = path.stat().st_size
     same = size == written["bytes"] and (size > SMALL or hash_file(path) == written["sha256"])
-    return [] if same else [f"it holds {path.name}, which was changed since the conversion"]
+    return [] if same else [f"it holds {name}, which was changed since the conversion"]

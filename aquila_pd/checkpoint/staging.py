@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import (
     CheckpointError,
@@ -22,7 +22,7 @@ from ..errors import (
     TokenizerError,
     VerificationError,
 )
-from ..files import sync
+from ..files import sync, sync_tree
 from ..shards import INDEX
 from .journal import JOURNAL, LOCK, read_fingerprint
 from .layout import CONFIG
@@ -61,7 +61,7 @@ def _undo_moves(output: Path) -> list[str]:
     if not (partial / JOURNAL).is_file() or is_empty_folder(output) or _is_held(partial):
         return []
     manifest = next((folder for folder in (partial, output) if (folder / MANIFEST).is_file()), None)
-    written = {*read_manifest(manifest), MANIFEST} if manifest else set()
+    written = {*(PurePosixPath(file).parts[0] for file in read_manifest(manifest)), MANIFEST} if manifest else set()
     moved = [name for name in names_in(output) if name in written]
     for name in moved:
         (output / name).rename(partial / name)
@@ -224,8 +224,9 @@ def staging(
         with completed(output):
             try:
                 # the earlier output is on the disk; what replaces it has to be there too before it goes
-                for path in [*output.iterdir(), output, output.parent] if fsync or aside else []:
-                    sync(path)
+                if fsync or aside:
+                    sync_tree(output)
+                    sync(output.parent)
             finally:
                 _remove_files_of_the_run(stage.folder if into else output)
                 if into:

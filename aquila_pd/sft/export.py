@@ -27,7 +27,7 @@ from ..checkpoint.staging import completed, staging, undo_killed
 from ..checkpoint.targets import PADDLE, find_target
 from ..checkpoint.writing import write_weights
 from ..errors import CheckpointError, ConfigError, OutputError, printable
-from ..files import sync
+from ..files import sync_tree
 from ..shards import DEFAULT_SHARD_SIZE, INDEX, index_of, write_json
 from .adapter_files import CONFIG as ADAPTER_CONFIG
 from .adapter_files import Adapter, check_fits, open_adapter
@@ -160,8 +160,8 @@ def _complete(plan: Plan, journal: Journal, tokenizer: Path, *, fsync: bool) -> 
     write_bundle(folder)
     hashes = {file: finished.sha256 for file, finished in journal.finished.items()}
     write_manifest(folder, plan, hashes, without=set(OF_THE_RUN))
-    for path in sorted(folder.iterdir()) if fsync else []:
-        sync(path)
+    if fsync:
+        sync_tree(folder)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from ..chat_templates import find_template
+from ..checkpoint.bundle import CODE
 from ..checkpoint.manifest import MANIFEST
 from ..errors import CheckpointError
 from ..files import read_object, write_text
@@ -31,6 +32,8 @@ def copy_companions(base: Path, folder: Path) -> None:
     for path in sorted(base.iterdir()):
         if path.is_file() and path.name not in weights:
             shutil.copyfile(path, folder / path.name)
+    if (base / CODE).is_dir():
+        shutil.copytree(base / CODE, folder / CODE, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
 
 def link_model(source: Path, folder: Path) -> None:
