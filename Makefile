@@ -29,7 +29,7 @@ help:
 venv: $(STAMP)
 
 # Re-runs when a version changes. It adds to a .venv that exists and never removes one.
-$(STAMP): setup.py pyproject.toml aquila_pd/versions.py requirements/tested.txt
+$(STAMP): setup.py pyproject.toml aquila_pd/runtime/versions.py requirements/tested.txt
 	@echo "Installing the tested packages into $(VENV): about 3 GB and a few minutes the first time."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -c requirements/tested.txt -e ".[cpu,test,dev]"

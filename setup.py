@@ -1,4 +1,4 @@
-"""The package. Versions and their reasons are in aquila_pd/versions.py; this file only hands them to setuptools."""
+"""The package. Versions and their reasons are in aquila_pd/runtime/versions.py; they are only handed over here."""
 
 import runpy
 from pathlib import Path
@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 # run as a file, not imported: nothing needs to be installed to build the package
-VERSIONS = runpy.run_path(str(ROOT / "aquila_pd" / "versions.py"))
+VERSIONS = runpy.run_path(str(ROOT / "aquila_pd" / "runtime" / "versions.py"))
 README = ROOT / "README.md"
 
 setup(

@@ -6,8 +6,8 @@ the process (see startup.py): PaddleNLP's Auto classes know Aquila as soon as so
 
 import importlib
 
-from .startup import READY as _READY  # noqa: F401
-from .versions import VERSION as __version__  # noqa: F401
+from .runtime.startup import READY as _READY  # noqa: F401
+from .runtime.versions import VERSION as __version__  # noqa: F401
 
 _WHERE = {
     "AquilaConfig": "configuration",
@@ -23,7 +23,7 @@ __all__ = sorted(_WHERE)
 def __getattr__(name: str):
     if name not in _WHERE:
         raise AttributeError(f"module 'aquila_pd' has no attribute {name!r}")
-    from .versions import require_paddle
+    from .runtime.versions import require_paddle
 
     require_paddle()
     value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)

@@ -7,8 +7,8 @@ import argparse
 import importlib
 import sys
 
-from . import versions
-from .errors import AquilaError
+from .runtime import versions
+from .utils.errors import AquilaError
 
 # verb -> the module whose main(argv) -> exit status does it (or module:function), and one line for the help
 VERBS = {
@@ -21,7 +21,7 @@ VERBS = {
     "serve": ("aquila_pd.serving.command", "a web service that OpenAI clients talk to, with a chat page"),
     "sft": ("aquila_pd.sft.command", "tune a model as a recipe says: rows, stages, result; goes on where it stopped"),
     "export": ("aquila_pd.sft.export_command", "what a run or an adapter has learned as a plain model folder"),
-    "data": ("aquila_pd.sft.data.command", "rows to fine-tune on: what is in them, what is learned, samples of them"),
+    "data": ("aquila_pd.data.command", "rows to fine-tune on: what is in them, what is learned, samples of them"),
     "doctor": ("aquila_pd.doctor", "installed versions beside the tested ones, this machine, and what to mend"),
 }
 

@@ -7,12 +7,12 @@ from functools import cache
 
 from paddlenlp.transformers import PretrainedConfig
 
-from .config_checks import NEUTRAL
-from .config_checks import numbers as not_positive
-from .config_checks import rope_scaling as checked_rope_scaling
-from .config_checks import sizes as check_sizes
-from .errors import ConfigError, report
-from .weight_map import Dims
+from .architecture.config_checks import NEUTRAL
+from .architecture.config_checks import numbers as not_positive
+from .architecture.config_checks import rope_scaling as checked_rope_scaling
+from .architecture.config_checks import sizes as check_sizes
+from .architecture.weight_map import Dims
+from .utils.errors import ConfigError, report
 
 # Published sizes: hidden, intermediate, layers, heads, key/value heads, max positions.
 NAMED_SIZES = {

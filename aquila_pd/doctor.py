@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 
-from . import processor, versions
-from .versions import PINS, Pin, satisfies
+from .runtime import mkl, versions
+from .runtime.versions import PINS, Pin, satisfies
 
 BREAKING = ("breaks", "missing")  # verdicts that make the exit status 1
 GEMM_SIZE = 1024
@@ -184,7 +184,7 @@ def device_facts() -> dict[str, str]:
 
 def processor_facts() -> dict[str, str]:
     """The system, and what was decided about MKL's kernels."""
-    decision = processor.prefer_fast_kernels()
+    decision = mkl.prefer_fast_kernels()
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "matrix kernels": f"{decision.action}. {decision.reason}",

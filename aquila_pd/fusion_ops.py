@@ -17,10 +17,10 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from . import cpu_ops
-from .errors import only_in_the_package
-from .masks import Mask, PackedMask, causal_mask
-from .rotary import Angles
+from .ops import cpu
+from .ops.attention_mask import Mask, PackedMask, causal_mask
+from .ops.rope import Angles
+from .utils.errors import only_in_the_package
 
 QUERY_BLOCK = 256  # queries at a time in plain attention: its scores take N * 256 * S numbers, not N * T * S
 
@@ -154,8 +154,8 @@ def fused_packed_attention(q, k, v, mask: PackedMask):
 def packed_attention_on_cpu(q, k, v, mask: PackedMask):
     """`packed_attention` in training on a CPU; a converted folder's copy of the code has not got it."""
     with only_in_the_package("Fast training on a CPU"):
-        from . import training_ops
-    return training_ops.packed_attention(q, k, v, mask)
+        from .ops import cpu_training
+    return cpu_training.packed_attention(q, k, v, mask)
 
 
 # ---------------------------------------------------------------------------------- choosing a twin
@@ -254,16 +254,16 @@ TWINS = (
         _rms_norm_samples,
         differentiated=2,
         equal_share=0.98,
-        on_cpu=cpu_ops.rms_norm,
+        on_cpu=cpu.rms_norm,
     ),
-    _Twins("rope", rope, fused_rope, _rope_samples, differentiated=2, on_cpu=cpu_ops.rope),
+    _Twins("rope", rope, fused_rope, _rope_samples, differentiated=2, on_cpu=cpu.rope),
     _Twins(
         "swiglu",
         swiglu,
         fused_swiglu,
         _swiglu_samples,
         differentiated=2,
-        on_cpu=cpu_ops.swiglu,
+        on_cpu=cpu.swiglu,
     ),
     _Twins(
         "attention",
@@ -271,7 +271,7 @@ TWINS = (
         fused_attention,
         _attention_samples,
         differentiated=3,
-        on_cpu=cpu_ops.attention,
+        on_cpu=cpu.attention,
         no_backward_on=("cpu",),
     ),
     _Twins(

@@ -1,6 +1,6 @@
 """The Aquila2 decoder on Paddle, from leaf to root. Numerics follow the original torch implementation.
 
-Loading and saving are in pretrained.py, generate() in paddlenlp_generate.py, kernels in fusion_ops.py.
+Loading and saving are in pretrained.py, generate() in model/generation_mixin.py, kernels in fusion_ops.py.
 Letters in shapes: B batch, T query length, S key length, C key length with the cache's spare room, D hidden,
 N query heads, K key/value heads, H head size, V vocabulary, L layers.
 """
@@ -16,17 +16,17 @@ from paddlenlp.transformers.model_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from .cache import KVCache
 from .configuration import AquilaConfig
-from .cross_entropy import linear_cross_entropy
-from .errors import AquilaError, only_in_the_package
 from .fusion_ops import Ops, attention_with_weights, select
-from .heap import keep_freed_memory
-from .masks import Mask, PackedMask, causal_mask, full_mask, hide_beyond, keep_mask, positions
-from .paddlenlp_generate import AquilaGeneration
-from .pretrained import AquilaPretrainedModel
-from .projections import product
-from .rotary import Angles, RotaryEmbedding
+from .model.generation_mixin import AquilaGeneration
+from .model.kv_cache import KVCache
+from .model.pretrained import AquilaPretrainedModel
+from .ops.attention_mask import Mask, PackedMask, causal_mask, full_mask, hide_beyond, keep_mask, positions
+from .ops.fused_linear import product
+from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.rope import Angles, RotaryEmbedding
+from .runtime.malloc import keep_freed_memory
+from .utils.errors import AquilaError, only_in_the_package
 
 keep_freed_memory()  # who imports this module computes: the results of its operations are large, and soon free again
 

@@ -1,8 +1,8 @@
 """AquilaTokenizer: PaddleNLP's tokenizer interface on the `tokenizers` library.
 
-Vocabulary, merges, pattern and special tokens come from files (tokenizer_folder.py says how). Encoding adds nothing
+Vocabulary, merges, pattern and special tokens come from files (tokenization/load.py says how). Encoding adds nothing
 to a text unless its files say so; `encode` returns what PaddleNLP's does, a BatchEncoding. Plain texts go through
-the library as one batch, in large amounts through tiktoken (tokenizer_tiktoken.py), and into arrays without a Python
+the library as one batch, in large amounts through tiktoken (tokenization/tiktoken.py), and into arrays without a Python
 step per token; whatever else PaddleNLP's base class offers (pairs, strides, overflowing tokens, position ids ...) takes
 the base class's way over the same backend.
 """
@@ -25,15 +25,15 @@ from paddlenlp.transformers.tokenizer_utils_base import (
 )
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from .errors import TokenizerError, only_in_the_package
-from .files import write_text
-from .tokenizer_backend import is_byte_level
-from .tokenizer_chat import ChatMixin
-from .tokenizer_config import content_of, named_in, read_config, special_names
-from .tokenizer_folder import build_bpe, load_backend, require_tokenizer
-from .tokenizer_pieces import PieceEncoder
-from .tokenizer_save import write_files
-from .tokenizer_tiktoken import FastIds
+from .tokenization.backend import is_byte_level
+from .tokenization.chat_mixin import ChatMixin
+from .tokenization.config import content_of, named_in, read_config, special_names
+from .tokenization.load import build_bpe, load_backend, require_tokenizer
+from .tokenization.save import write_files
+from .tokenization.segments import PieceEncoder
+from .tokenization.tiktoken import FastIds
+from .utils.errors import TokenizerError, only_in_the_package
+from .utils.files import write_text
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 READ_HERE = ("added_tokens_file", "special_tokens_map_file")  # and not by PaddleNLP
@@ -140,7 +140,7 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
         path = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if path.suffix == ".gguf" and path.is_file():
             with only_in_the_package("The tokenizer of a GGUF file"):
-                from .tokenizer_gguf import from_gguf
+                from .tokenization.gguf import from_gguf
             backend, config = from_gguf(path)
             return cls(tokenizer_object=backend, **{**config, **kwargs})
         if path.is_dir():
@@ -451,7 +451,7 @@ def open_backend(
         return build_bpe(Path(vocab_file), Path(merges_file), config=config)
     if sentencepiece_file:
         with only_in_the_package("A folder with tokenizer.model and without tokenizer.json"):
-            from .tokenizer_sentencepiece import build_sentencepiece
+            from .tokenization.sentencepiece import build_sentencepiece
         return build_sentencepiece(Path(sentencepiece_file), config=config)
     raise TokenizerError(
         f"AquilaTokenizer was given vocab_file={vocab_file!r} and merges_file={merges_file!r}.\n"

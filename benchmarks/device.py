@@ -103,7 +103,7 @@ def paddle_device(threads: int) -> Host:
     """What Paddle computes on; sets the number of threads, in the way that ours asks for it too."""
     import paddle
 
-    from aquila_pd import threads as thread_count
+    from aquila_pd.ops import threads as thread_count
 
     thread_count.use(threads)
     return PaddleGPU() if paddle.device.get_device().startswith("gpu") else Host()

@@ -26,7 +26,7 @@ VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
 
 def mkl_setting() -> str:
     """The choice of MKL's kernels that all sides get: what aquila_pd chooses, or the user's own."""
-    from aquila_pd.processor import VARIABLE, prefer_fast_kernels
+    from aquila_pd.runtime.mkl import VARIABLE, prefer_fast_kernels
 
     prefer_fast_kernels()
     return os.environ.get(VARIABLE, "")

@@ -166,7 +166,7 @@ def spread(some: list[dict], base: list[dict], what: str, of: str) -> str:
 
 def as_paddlenlp_llama(ours: Path, llama: Path) -> None:
     """The same weights under the names of PaddleNLP's LLaMA."""
-    from aquila_pd.shards import read_layout, save_tensors, view
+    from aquila_pd.formats.safetensors import read_layout, save_tensors, view
 
     if llama.is_dir():
         return

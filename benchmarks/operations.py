@@ -3,8 +3,8 @@
     python benchmarks/operations.py [--tokens 512] [--threads 1]
 
 The two take turns, so that a busy machine slows both alike; the figure is the ratio to the plain twin, median and
-spread over the rounds. Below 1 the plain one takes longer. On a CPU these are the operations of cpu_ops.py and
-training_ops.py.
+spread over the rounds. Below 1 the plain one takes longer. On a CPU these are the operations of ops/cpu.py and
+ops/cpu_training.py.
 """
 
 import argparse
@@ -23,11 +23,11 @@ import aquila_pd  # noqa: E402, F401  before paddle, for its choice of matrix ke
 import paddle  # noqa: E402
 from harness import machine  # noqa: E402
 
-from aquila_pd import threads  # noqa: E402
 from aquila_pd.fusion_ops import TWINS  # noqa: E402
-from aquila_pd.heap import keep_freed_memory  # noqa: E402
-from aquila_pd.masks import Mask, PackedMask  # noqa: E402
-from aquila_pd.rotary import Angles  # noqa: E402
+from aquila_pd.ops import threads  # noqa: E402
+from aquila_pd.ops.attention_mask import Mask, PackedMask  # noqa: E402
+from aquila_pd.ops.rope import Angles  # noqa: E402
+from aquila_pd.runtime.malloc import keep_freed_memory  # noqa: E402
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD = 1024, 4096, 16, 4, 64
 SAMPLES = 4  # in a row of packed attention

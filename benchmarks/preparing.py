@@ -18,11 +18,11 @@ from harness import run  # noqa: E402
 
 def padding(args: argparse.Namespace) -> None:
     """The share of places that packing leaves empty, over one epoch of real rows."""
-    from aquila_pd.chat.prompts import ChatPrompts
-    from aquila_pd.sft.data.packing import plan_epoch
-    from aquila_pd.sft.data.prepare import TRAIN, prepare
-    from aquila_pd.sft.data.samples import Samples
-    from aquila_pd.sft.data.settings import DataSpec, Source
+    from aquila_pd.data.packing import plan_epoch
+    from aquila_pd.data.prepare import TRAIN, prepare
+    from aquila_pd.data.samples import Samples
+    from aquila_pd.data.settings import DataSpec, Source
+    from aquila_pd.text.prompts import ChatPrompts
     from aquila_pd.tokenizer import AquilaTokenizer
 
     prompts = ChatPrompts(AquilaTokenizer.from_pretrained(args.vocab), args.template)

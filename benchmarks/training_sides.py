@@ -40,9 +40,9 @@ def who_sees_whom(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
 class Ours:
     def __init__(self, folder: str, *, threads: int, dtype: str):
         from aquila_pd.modeling import AquilaForCausalLM
-        from aquila_pd.sft.loss import SummedLoss
-        from aquila_pd.sft.optimizer import adamw
-        from aquila_pd.sft.recipe import Optim
+        from aquila_pd.sft.loop.loss import SummedLoss
+        from aquila_pd.sft.loop.optimizer import adamw
+        from aquila_pd.sft.recipe.load import Optim
 
         self.device = paddle_device(threads)
         self.model = SummedLoss(AquilaForCausalLM.from_pretrained(folder, dtype=dtype))

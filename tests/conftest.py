@@ -10,35 +10,17 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-SHARED = TESTS.parent.parent / "shared"  # facts, goldens and tokenizer files, beside the project folder
+for folder in (TESTS / "support", TESTS, TESTS.parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from paths import SHARED  # noqa: E402  which the lines above make importable
+
 SEED = 20231121
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
-# Files of many tests, each of them quick and all together not: `make check` leaves them to `make test` too.
-LONG_FILES = {
-    "test_bad_input",
-    "test_converted_folder",
-    "test_engine_faults",
-    "test_engine_prefixes",
-    "test_engine_results",
-    "test_engine_schedules",
-    "test_fuzz",
-    "test_hostile",
-    "test_output",
-    "test_packed",
-    "test_packed_attention",
-    "test_resume",
-    "test_round_trip",
-    "test_sampling_draw",
-    "test_serving_doors",
-    "test_serving_faults",
-    "test_serving_streams",
-    "test_torch_bin",
-    "test_verification",
-    "test_verify_command",
-}
-
-sys.path[:0] = [folder for folder in (str(TESTS.parent), str(TESTS)) if folder not in sys.path]
+# What these folders hold takes long as a whole; `make check` leaves it to `make test`.
+SLOW_FOLDERS = ("e2e", "robustness")
 
 # Before numpy, torch or paddle: they read these once. One thread: the models are tiny, and OpenMP threads that wait
 # for each other on a busy machine are several times slower than one.
@@ -58,19 +40,14 @@ for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
 
-from aquila_pd.processor import prefer_fast_kernels  # noqa: E402  the environment above comes first
+from aquila_pd.runtime.mkl import prefer_fast_kernels  # noqa: E402  the environment above comes first
 
 prefer_fast_kernels()
 
 
-# Training is tested as a whole, in files of which hardly one takes seconds; these two do.
-QUICK_OF_TRAINING = {"test_sft_checkpoints", "test_sft_manifest"}
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        name = item.path.stem
-        if name in LONG_FILES or (name.startswith("test_sft_") and name not in QUICK_OF_TRAINING):
+        if item.path.relative_to(TESTS).parts[0] in SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
 
 

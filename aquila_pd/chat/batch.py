@@ -10,15 +10,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint.progress import SECONDS, counted
-from ..checkpoint.terminal import run
-from ..errors import GenerationError
 from ..generation import SamplingParams, Sequence
-from .answer import Answer
-from .loading import Loaded, load
+from ..text.answer import Answer
+from ..text.loading import Loaded, load
+from ..utils.command import run
+from ..utils.console import visible
+from ..utils.errors import GenerationError
+from ..utils.progress import SECONDS, counted
 from .options import add_loading, add_sampling, loading_of, max_new_tokens, sampling_of
 from .rows import Row, RowFile, check_output, encode_rows, in_order, result_of, rows_of_file, rows_of_prompts
-from .screen import visible
 
 TEXT = "Continue prompts, or answer them, many at a time."
 NOTES = """\

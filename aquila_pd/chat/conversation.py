@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from ..errors import ChatError, OutputError
-from ..files import read_object, write_text
-from .prompts import ChatPrompts
+from ..text.prompts import ChatPrompts
+from ..utils.errors import ChatError, OutputError
+from ..utils.files import read_object, write_text
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 KEPT_SHARE = 0.75  # of the room, once turns are left out: then the next turns begin like this one and read it no more

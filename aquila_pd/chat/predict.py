@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Iterable, Mapping
 
-from ..chat_templates import TEMPLATES, template_by_name
-from ..errors import ChatError, ConfigError, GenerationError, shown_value
 from ..generation import Engine, SamplingParams
-from .answer import Answer, raise_error, run
-from .prompts import ChatPrompts
+from ..text.answer import Answer, raise_error, run
+from ..text.prompts import ChatPrompts
+from ..tokenization.chat_templates import TEMPLATES, template_by_name
+from ..utils.errors import ChatError, ConfigError, GenerationError, shown_value
 
 log = logging.getLogger("aquila_pd")
 

@@ -8,10 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint.progress import counted
-from ..errors import AquilaError, ChatError, OutputError, TokenizerError, report, shown_value
-from ..files import JSON_ERRORS, parse_json, why_not_a_file
-from .loading import Loaded
+from ..text.loading import Loaded
+from ..utils.errors import AquilaError, ChatError, OutputError, TokenizerError, report, shown_value
+from ..utils.files import JSON_ERRORS, parse_json, why_not_a_file
+from ..utils.progress import counted
 
 WRITTEN = ("text", "finish_reason", "tokens", "prompt_tokens", "error")  # keys of results; none may come in a row
 

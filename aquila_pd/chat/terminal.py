@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoint.progress import counted
-from ..checkpoint.terminal import Stopped, run
-from ..errors import AquilaError, GenerationError
 from ..generation import Sequence
-from .answer import Answer
-from .answer import run as run_engine
+from ..text.answer import Answer
+from ..text.answer import run as run_engine
+from ..text.loading import Loaded, load
+from ..utils.command import Stopped, run
+from ..utils.console import Screen, is_text, prepare_input
+from ..utils.errors import AquilaError, GenerationError
+from ..utils.progress import counted
 from .conversation import Conversation
-from .loading import Loaded, load
 from .options import add_loading, add_sampling, loading_of, max_new_tokens, sampling_of
-from .screen import Screen, is_text, prepare_input
 
 HELP = "Talk to the model of a converted folder. Type /help for what can be done besides."
 COMMANDS = {

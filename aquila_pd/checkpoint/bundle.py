@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from ..versions import NAME, VERSION
+from ..runtime.versions import NAME, VERSION
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CODE = "aquila_pd_code"

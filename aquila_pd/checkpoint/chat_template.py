@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..chat_templates import find_template, template_by_name, template_by_sizes, template_of_jinja
-from ..errors import ConfigError
-from ..families import AUTO
+from ..architecture.families import AUTO
+from ..tokenization.chat_templates import find_template, template_by_name, template_by_sizes, template_of_jinja
+from ..utils.errors import ConfigError
 from .sources import Source
 
 NAMED, OWN, BY_NAME = "as asked", "the source's own", "from the name"
@@ -33,7 +33,7 @@ def choose_template(source: Source, asked_for: Path | str, option: str = AUTO) -
     option: a template's name, or "auto". Raises ConfigError for an unknown name, and where there is no tokenizer that
     could carry the one named; TokenizerError for a tokenizer that cannot be read.
     """
-    from ..tokenizer_files import has_tokenizer, own_chat_template  # imports tokenizers
+    from ..tokenization.convert import has_tokenizer, own_chat_template  # imports tokenizers
 
     if option != AUTO:
         template = find_template(option)

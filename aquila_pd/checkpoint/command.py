@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from ..chat_templates import TEMPLATES
-from ..families import AUTO, FAMILIES
-from ..shards import DEFAULT_SHARD_SIZE
+from ..architecture.families import AUTO, FAMILIES
+from ..formats.safetensors import DEFAULT_SHARD_SIZE
+from ..tokenization.chat_templates import TEMPLATES
+from ..utils.command import run
 from .convert import VERIFICATIONS, convert
 from .plan import TAGS
 from .targets import PADDLE, TORCH, architectures
-from .terminal import run
 
 TO_PADDLE = "Convert a torch checkpoint (safetensors, .bin, GGUF, GPTQ, AWQ, NF4) into a folder that PaddleNLP loads."
 TO_TORCH = "Convert a Paddle checkpoint back into a Hugging Face folder, as LLaMA unless told otherwise."

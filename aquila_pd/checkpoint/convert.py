@@ -7,28 +7,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .. import families, shards
-from ..errors import CheckpointError, ConfigError, OutputError, printable
-from ..files import sync_tree
-from ..shards import INDEX, index_of, write_json
+from ..architecture import families
+from ..formats import safetensors
+from ..formats.safetensors import INDEX, index_of, write_json
+from ..utils.errors import CheckpointError, ConfigError, OutputError, printable
+from ..utils.files import sync_tree
 from .bundle import write_bundle
 from .chat_template import Recorded, choose_template
 from .describe import describe, describe_shards
 from .estimate import estimate
 from .hub import find_input
 from .ids import GENERATION_CONFIG, check_vocabulary
-from .journal import Journal, fingerprint
+from .io.journal import Journal, fingerprint
+from .io.manifest import read_manifest, write_manifest
+from .io.output import OF_THE_RUN, check_output
+from .io.pipeline import count_workers
+from .io.shard_writer import write_weights
+from .io.staging import completed, staging, undo_killed
 from .layout import CONFIG
-from .manifest import read_manifest, write_manifest
-from .output import OF_THE_RUN, check_output
-from .pipeline import count_workers
 from .plan import Plan, make_plan
-from .reporting import Summary, check_report, closing_words, write_report
+from .report import Summary, check_report, closing_words, write_report
 from .sources import Source, open_source
-from .staging import completed, staging, undo_killed
 from .targets import PADDLE, PADDLENLP_LLAMA, TORCH, Target, find_target
 from .verify import check_logits_possible, verify_content, verify_logits
-from .writing import write_weights
 
 VERIFICATIONS = ("none", "content", "logits")
 
@@ -40,7 +41,7 @@ def convert(
     framework: str = PADDLE,
     architecture: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str | int = shards.DEFAULT_SHARD_SIZE,
+    max_shard_size: str | int = safetensors.DEFAULT_SHARD_SIZE,
     family: str = families.AUTO,
     chat_template: str = families.AUTO,
     verify: str = "content",
@@ -67,7 +68,7 @@ def convert(
     report_file = Path(report_file) if report_file else None
     workers, target = count_workers(workers), find_target(framework, architecture)
     _check_verification(verify, target)
-    shards.parse_size(max_shard_size)  # before a large source is opened
+    safetensors.parse_size(max_shard_size)  # before a large source is opened
     with (
         open_source(find_input(source, weights=not dry_run), family, may_be_planned=dry_run) as opened,
         TemporaryDirectory(prefix="aquila_pd-") as prepared,
@@ -126,7 +127,7 @@ def _as_lines(warnings: list[str]) -> list[str]:
 
 def _prepare_tokenizer(source: Source, plan: Plan, folder: Path) -> list[str]:
     """Make the tokenizer's files before any weight is written: one that cannot be read or used stops the plan."""
-    from ..tokenizer_files import (  # imports tokenizers
+    from ..tokenization.convert import (  # imports tokenizers
         SENTENCEPIECE,
         TOKENIZER_JSON,
         doubts,

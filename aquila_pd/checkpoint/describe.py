@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import printable
+from ..utils.errors import printable
+from ..utils.progress import counted, megabytes
 from .plan import Plan
-from .progress import counted, megabytes
 from .targets import TORCH
 
 

@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 
-from .moving import move
-from .pipeline import in_order
+from ..utils.progress import duration
+from .io.pipeline import in_order
+from .io.stream_copy import move
 from .plan import Plan
-from .progress import duration
 
 SAMPLE = (1024, 4096)  # of 16-bit values, 8 MB; large enough to leave the caches of a core
 ROUNDS = 4  # samples per worker

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..errors import CheckpointError, report
-from ..files import shown_value
+from ..utils.errors import CheckpointError, report
+from ..utils.files import shown_value
 from .layout import CONFIG
 
 GENERATION_CONFIG = "generation_config.json"
@@ -18,19 +18,19 @@ def tokenizer_ids(source: Path) -> dict[str, int]:
     names = {path.name for path in source.iterdir()} if source.is_dir() else set()
     if not {"tokenizer.json", "tokenizer.model"} & names and not {"vocab.json", "merges.txt"} <= names:
         return {}
-    from .. import tokenizer_files  # imports the tokenizers library
+    from ..tokenization import convert  # imports the tokenizers library
 
-    backend = tokenizer_files.load_backend(source)
-    named = tokenizer_files.special_names(tokenizer_files.read_config(source), backend)
+    backend = convert.load_backend(source)
+    named = convert.special_names(convert.read_config(source), backend)
     found = {field: backend.token_to_id(named[name]) for name, field in IDS.items() if name in named}
     return {field: token for field, token in found.items() if token is not None}
 
 
 def check_vocabulary(tokenizer: Path, vocab: int) -> None:
     """Raise CheckpointError when the tokenizer.json of a folder makes ids that are no row of the embedding."""
-    from .. import tokenizer_files  # imports the tokenizers library
+    from ..tokenization import convert  # imports the tokenizers library
 
-    backend = tokenizer_files.load_tokenizer_json(tokenizer / tokenizer_files.TOKENIZER_JSON)
+    backend = convert.load_tokenizer_json(tokenizer / convert.TOKENIZER_JSON)
     token, highest = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda pair: pair[1], default=("", -1))
     if highest >= vocab:
         raise CheckpointError(

@@ -4,18 +4,18 @@ import argparse
 import math
 from collections import Counter
 
-from ..errors import CheckpointError, printable, report, shown
-from ..families import AUTO, FAMILIES
-from ..shards import DEFAULT_SHARD_SIZE, DTYPES, FLOATS
+from ..architecture.families import AUTO, FAMILIES
+from ..formats.safetensors import DEFAULT_SHARD_SIZE, DTYPES, FLOATS
+from ..utils.command import run
+from ..utils.errors import CheckpointError, printable, report, shown
+from ..utils.progress import counted, megabytes
 from .describe import describe_model, describe_output
 from .hub import find_input
-from .manifest import MANIFEST, check_manifest
-from .pipeline import count_workers
+from .io.manifest import MANIFEST, check_manifest
+from .io.pipeline import count_workers
 from .plan import make_plan
-from .progress import counted, megabytes
 from .sources import Source, open_source
 from .targets import PADDLE, TORCH, find_target
-from .terminal import run
 
 KINDS = {
     "safetensors": "safetensors",

@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import files, shards
-from ..errors import CheckpointError, report
+from ..formats import safetensors as shards
+from ..utils import files
+from ..utils.errors import CheckpointError, report
 
 CONFIG = "config.json"
 BIN = "pytorch_model.bin"

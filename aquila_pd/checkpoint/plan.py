@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import shards
-from ..errors import CheckpointError, ConfigError, report, shown_value
-from ..shards import Entry, Shard
-from ..weight_map import EMBEDDING, HEAD, Weight, weights, why_dropped
+from ..architecture.weight_map import EMBEDDING, HEAD, Weight, weights, why_dropped
+from ..formats import safetensors as shards
+from ..formats.safetensors import Entry, Shard
+from ..utils.errors import CheckpointError, ConfigError, report, shown_value
 from .chat_template import Recorded
 from .ids import GENERATION_CONFIG, generation_ids, reconcile, tokenizer_ids
 from .layout import read_json

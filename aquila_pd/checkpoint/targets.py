@@ -7,9 +7,9 @@ Paddle and to the left for torch.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..errors import ConfigError
-from ..families.base import COUNTS, paddle_config
-from ..weight_map import BASE_MODEL_PREFIX, HF_PREFIX, Weight, prefixed
+from ..architecture.families.base import COUNTS, paddle_config
+from ..architecture.weight_map import BASE_MODEL_PREFIX, HF_PREFIX, Weight, prefixed
+from ..utils.errors import ConfigError
 
 PADDLE, TORCH = "paddle", "torch"
 PADDLENLP_LLAMA = "llama"  # the architecture for PaddleNLP's own classes

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..errors import GenerationError, shown_value
-from . import sampling
-from .forward import HEAD_ROWS, Runner
-from .params import SamplingParams
-from .sequences import (
+from ..utils.errors import GenerationError, shown_value
+from . import sampler
+from .kv_slots import Chunk, Pass, Slots
+from .model_runner import HEAD_ROWS, Runner
+from .sampling_params import SamplingParams
+from .sequence import (
     CANCELLED,
     ERROR,
     LENGTH,
@@ -33,7 +34,6 @@ from .sequences import (
     TokenEvent,
     TokenLogprob,
 )
-from .slots import Chunk, Pass, Slots
 
 WORTH_REUSING = 16  # tokens: computing fewer is cheaper than waiting for them or copying them
 
@@ -320,7 +320,7 @@ class Engine:
 
     def _end_damaged(self, hidden, logits, rows: list[Sequence], decoding: list[Sequence], chunks) -> None:
         """End the sequences whose numbers are none, before a listener is called or a prompt starts from theirs."""
-        damaged = [sequence for sequence, row in zip(rows, logits, strict=True) if not sampling.finite(row)]
+        damaged = [sequence for sequence, row in zip(rows, logits, strict=True) if not sampler.finite(row)]
         at = len(decoding)
         for sequence, count in chunks:
             if not self._runner.finite(hidden[at : at + count]) and sequence not in damaged:
@@ -370,10 +370,10 @@ class Engine:
         for block in range(0, len(targets), HEAD_ROWS):
             some = targets[block : block + HEAD_ROWS]
             logits = self._runner.logits(hidden[block : block + len(some)])
-            if not all(map(sampling.finite, logits)):
+            if not all(map(sampler.finite, logits)):
                 self._fail_nonfinite(sequence)
                 return
-            sequence.prompt_logprobs += [sampling.logprob_of(row, i, top) for row, i in zip(logits, some, strict=True)]
+            sequence.prompt_logprobs += [sampler.logprob_of(row, i, top) for row, i in zip(logits, some, strict=True)]
 
     # ------------------------------------------------------------------------------------------- tokens and ends
 
@@ -382,10 +382,10 @@ class Engine:
         if params.max_new_tokens == 0:
             self._finish(sequence, LENGTH)
             return
-        token = sampling.choose(logits, sequence)
+        token = sampler.choose(logits, sequence)
         logprob = None
         if params.logprobs is not None:
-            logprob = sampling.logprob_of(logits, token, params.logprobs)
+            logprob = sampler.logprob_of(logits, token, params.logprobs)
             sequence.logprobs.append(logprob)
         sequence.tokens.append(token)
         self.stats.new_tokens += 1

@@ -7,9 +7,9 @@ import numpy as np
 from paddle import nn
 
 from ..configuration import AquilaConfig
-from ..errors import CheckpointError
-from ..model_files import SAFETENSORS
+from ..model.weights_io import SAFETENSORS
 from ..modeling import AquilaForCausalLM
+from ..utils.errors import CheckpointError
 from .nf4 import NF4Linear
 from .nf4_values import quantize
 from .projections import ALL, Place, find_projections

@@ -15,7 +15,7 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from ..errors import AquilaError
+from ..utils.errors import AquilaError
 from .nf4_values import BLOCK, LEVELS, NESTED_BLOCK, NF4, nested_levels, quantize, strip_height
 from .projections import ALL, PROJECTIONS, Place, find_projections
 

@@ -15,10 +15,10 @@ from functools import cache
 
 import numpy as np
 
-from ..checkpoint.moving import Counts, move
+from ..checkpoint.io.stream_copy import Counts, move
 from ..checkpoint.sources.packed.nf4 import Nested, NF4Matrix
 from ..checkpoint.sources.reader import ALL, Stored
-from ..errors import CheckpointError
+from ..utils.errors import CheckpointError
 
 BLOCK = 64  # values that share a magnitude
 NESTED_BLOCK = 256  # magnitudes that share one of theirs

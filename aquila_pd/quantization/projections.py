@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from paddle import nn
 
-from ..errors import AquilaError, ConfigError
-from ..projections import FusedLinear
-from ..weight_map import LAYER
+from ..architecture.weight_map import LAYER
+from ..ops.fused_linear import FusedLinear
+from ..utils.errors import AquilaError, ConfigError
 
 ALL = "all"
 

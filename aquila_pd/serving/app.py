@@ -6,12 +6,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..versions import VERSION
-from . import openai_chat, openai_completions, seed_service, tokens_api
-from .api_errors import ApiError, from_http, from_validation
-from .frame import Frame
+from ..runtime.versions import VERSION
+from .api import chat, tokens
+from .errors import ApiError, from_http, from_validation
 from .guard import Guard
 from .metrics import CONTENT_TYPE
+from .middleware import Frame
 from .page import read_page
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, SeedRequest, TokenizeRequest
 from .service import Service
@@ -33,11 +33,11 @@ def make_app(service: Service) -> FastAPI:
 def add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
-        return await openai_chat.answer(service, asked, request)
+        return await chat.answer(service, asked, request)
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Response:
-        return await openai_completions.answer(service, asked, request)
+        return await completions.answer(service, asked, request)
 
     def entry() -> dict:
         found = {"id": service.settings.name, "object": "model", "created": service.created, "owned_by": "aquila_pd"}
@@ -62,19 +62,19 @@ def add_others(app: FastAPI, service: Service) -> None:
 
     @app.post("/")
     async def seed(asked: SeedRequest, request: Request) -> Response:
-        return await seed_service.answer(service, asked, request)
+        return await seed.answer(service, asked, request)
 
     @app.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> Response:
-        return Json(await tokens_api.tokenize(service, asked))
+        return Json(await tokens.tokenize(service, asked))
 
     @app.post("/detokenize")
     async def detokenize(asked: DetokenizeRequest) -> Response:
-        return Json(await tokens_api.detokenize(service, asked))
+        return Json(await tokens.detokenize(service, asked))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
-        return Json(tokens_api.tokenizer_info(service))
+        return Json(tokens.tokenizer_info(service))
 
     @app.get("/health")
     async def health() -> Response:

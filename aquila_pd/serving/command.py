@@ -8,8 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ..checkpoint.terminal import run
-from ..errors import ConfigError
+from ..utils.command import run
+from ..utils.errors import ConfigError
 from .settings import Settings
 
 KEY_VARIABLE = "AQUILA_PD_API_KEY"
@@ -146,9 +146,9 @@ def start(args: argparse.Namespace) -> None:
     from .server import listen, serve  # FastAPI and uvicorn load only now: --help costs nothing
 
     bound = listen(args.host, args.port)  # before the model, which may take minutes
-    from ..chat.loading import load, use_threads
-    from .access_log import Log
+    from ..text.loading import load, use_threads
     from .app import make_app
+    from .log import Log
     from .service import Service
 
     log = Log(args.log_file)

@@ -11,8 +11,8 @@ import ipaddress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .api_errors import ApiError, stopping
-from .frame import header, respond
+from .errors import ApiError, stopping
+from .middleware import header, respond
 from .service import Service
 
 OPEN_PATHS = ("/health", "/")  # GET only: for load balancers, and the page, which holds nothing

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..generation.sequences import FINISHES
-from .running import Record
+from ..generation.sequence import FINISHES
+from .request_state import Record
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 P = "aquila_pd_"

@@ -1,8 +1,8 @@
 """From a request's parameters to the engine's, with the limits of the model that runs."""
 
-from ..errors import GenerationError
 from ..generation import SamplingParams
-from .api_errors import context_length, invalid
+from ..utils.errors import GenerationError
+from .errors import context_length, invalid
 from .protocol import Asked
 
 DEFAULT_MAX_TOKENS = 16  # of the completions endpoint, as OpenAI has it

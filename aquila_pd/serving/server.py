@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import Scope
 
-from ..errors import AquilaError
+from ..utils.errors import AquilaError
 from .service import Service
 
 WORKER_SECONDS = 30.0  # for the step the engine is in, when the server stops

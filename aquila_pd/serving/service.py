@@ -11,19 +11,19 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.types import Scope
 
-from ..chat.text import TextStream
-from ..errors import AquilaError
 from ..generation import Engine, SamplingParams
-from ..versions import NAME, VERSION
-from .access_log import Log
-from .answers import Choice
-from .api_errors import ApiError, engine_failed, invalid, overloaded, stopping
+from ..runtime.versions import NAME, VERSION
+from ..text.text_stream import TextStream
+from ..utils.errors import AquilaError
+from .choices import Choice
+from .engine_worker import Job, Worker
+from .errors import ApiError, engine_failed, invalid, overloaded, stopping
+from .log import Log
 from .metrics import Metrics
-from .running import Running
+from .request_state import Running
 from .sampling import at_most
 from .settings import Settings
 from .vocabulary import Offsets, Vocabulary
-from .worker import Job, Worker
 
 SHORTEST_RETRY, LONGEST_RETRY = 1, 60  # seconds, of Retry-After
 LAST_WORDS = 5.0  # seconds for the last events of streams, when the server stops

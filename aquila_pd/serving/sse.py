@@ -11,9 +11,9 @@ from typing import Protocol
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .answers import Piece
-from .api_errors import ApiError, ClientGone, internal
-from .running import Running
+from .choices import Piece
+from .errors import ApiError, ClientGone, internal
+from .request_state import Running
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second: nginx is not to collect the events

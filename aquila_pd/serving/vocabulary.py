@@ -3,8 +3,8 @@
 import codecs
 from functools import lru_cache
 
-from ..chat.text import BYTE_TOKENS, LETTERS, SPACE, ByteLevelText, text_of
 from ..generation import TokenLogprob
+from ..text.text_stream import BYTE_TOKENS, LETTERS, SPACE, ByteLevelText, text_of
 
 LEAST = -9999.0  # JSON has no infinity; a probability that underflows is given as this
 

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from shlex import quote
 
-from ..checkpoint.terminal import run as run_command
-from ..errors import AquilaError, RecipeError, TrainingError
-from . import launch
-from .manifest import Manifest
-from .opening import alone, check, compare_with_run, open_manifest, prepare_all
-from .recipe import Recipe, load_recipe
-from .run_folder import RunFolder
+from ..utils.command import run as run_command
+from ..utils.errors import AquilaError, RecipeError, TrainingError
+from .recipe.load import Recipe, load_recipe
+from .run import launch
+from .run.folder import RunFolder
+from .run.manifest import Manifest
+from .run.preflight import alone, check, compare_with_run, open_manifest, prepare_all
 
 PREPARED_BY = "AQUILA_PD_SFT_PREPARED"  # set for the ranks that this command starts: all before training is done
 
@@ -104,9 +104,9 @@ def _devices(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _dry_run(args: argparse.Namespace, recipe: Recipe) -> int:
-    from .data.prepare import TRAIN
-    from .dry_run import dry_run
-    from .estimate import Machine
+    from ..data.prepare import TRAIN
+    from .estimate.dry_run import dry_run
+    from .estimate.stage import Machine
 
     run = RunFolder(Path(recipe.output))
     if args.device:
@@ -163,13 +163,13 @@ def _recipe_of_run(args: argparse.Namespace) -> Recipe:
 
 
 def _train(args: argparse.Namespace, recipe: Recipe) -> int:
-    from ..chat.loading import cores, quiet, use_threads
+    from ..text.loading import cores, quiet, use_threads
 
     quiet()
     local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
     use_threads(args.threads if args.threads is not None else max(1, cores() // local))
-    from .stages import train
-    from .trainer import Stopped
+    from .loop.trainer import Stopped
+    from .run.stages import train
 
     run = RunFolder(Path(recipe.output))
     try:

@@ -4,14 +4,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapters.export import ONTO, copy_adapter, merge_folder
+from ..adapters.peft_files import CONFIG as ADAPTER_CONFIG
+from ..adapters.peft_files import open_adapter
 from ..checkpoint.layout import CONFIG
-from ..checkpoint.terminal import run
-from ..errors import CheckpointError, ConfigError
-from .adapter_files import CONFIG as ADAPTER_CONFIG
-from .adapter_files import open_adapter
-from .export import ONTO, copy_adapter, merge_folder
-from .manifest import FILE, Manifest
-from .run_folder import RunFolder
+from ..utils.command import run
+from ..utils.errors import CheckpointError, ConfigError
+from .run.folder import RunFolder
+from .run.manifest import FILE, Manifest
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Self
 
 import numpy as np
 
-from ... import families
-from ...errors import CheckpointError, report
-from ...families.base import dims
-from ...families.dialect import rotate_half_rows
-from ...shards import DTYPES
+from ...architecture import families
+from ...architecture.families.base import dims
+from ...architecture.families.dialect import rotate_half_rows
+from ...formats.safetensors import DTYPES
+from ...utils.errors import CheckpointError, report
 from ..layout import Layout, find_layout, read_config
 from ..targets import PADDLE, TORCH
 from .paddle import PaddleReader, is_paddle

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import shards
-from ...errors import CheckpointError, report
-from ...families.dialect import Dialect
-from ...gguf_file import PRE_TOKENIZER, import_gguf, open_gguf, pre_tokenizer_note, read_value
+from ...architecture.families.dialect import Dialect
+from ...formats import safetensors
+from ...formats.gguf import PRE_TOKENIZER, import_gguf, open_gguf, pre_tokenizer_note, read_value
+from ...utils.errors import CheckpointError, report
 from .reader import ALL, Stored
 
 ARCHITECTURE = "llama"
@@ -85,12 +85,12 @@ class GGUFReader:
         tensor, stored = self._tensors[name], self.stored[name]
         if stored.packed:
             return self._unpack(tensor, stored.shape, rows, columns)
-        native = self._mapped(tensor).view(shards.DTYPES[stored.dtype]).reshape(stored.shape)
+        native = self._mapped(tensor).view(safetensors.DTYPES[stored.dtype]).reshape(stored.shape)
         return native[rows, columns] if native.ndim == 2 else native[rows]
 
     def _mapped(self, tensor) -> np.ndarray:
         """The bytes of a tensor, in a map of its own that can be released without taking another thread's pages."""
-        return shards.map_bytes(self._path, tensor.data_offset, tensor.n_bytes)
+        return safetensors.map_bytes(self._path, tensor.data_offset, tensor.n_bytes)
 
     def _unpack(self, tensor, shape: tuple[int, ...], rows: slice, columns: slice) -> np.ndarray:
         """Part of a packed tensor as float32. Each row is a chain of blocks: whole blocks are unpacked, then cut."""
@@ -106,7 +106,7 @@ class GGUFReader:
         for at in range(0, len(packed), ROWS_AT_ONCE):
             some = slice(at, at + ROWS_AT_ONCE)
             out[some] = self._gguf.dequantize(np.ascontiguousarray(packed[some]), tensor.tensor_type)
-        shards.release(packed)
+        safetensors.release(packed)
         return out[:, begin - first * values : end - first * values]
 
     def close(self) -> None:

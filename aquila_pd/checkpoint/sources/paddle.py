@@ -4,9 +4,9 @@ import re
 
 import numpy as np
 
-from ...errors import CheckpointError
-from ...families.dialect import Dialect
-from ...weight_map import BASE_MODEL_PREFIX, EMBEDDING, HEAD, HF_PREFIX, is_transposed
+from ...architecture.families.dialect import Dialect
+from ...architecture.weight_map import BASE_MODEL_PREFIX, EMBEDDING, HEAD, HF_PREFIX, is_transposed
+from ...utils.errors import CheckpointError
 from .reader import ALL, Reader, Stored
 
 # Aquila's, of the published release and of ours, and that of PaddleNLP's own LLaMA; both store matrices as [in, out]

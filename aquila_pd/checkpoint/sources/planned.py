@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from ...errors import CheckpointError
-from ...families.base import Family, dims
-from ...families.dialect import Dialect
-from ...shards import FLOATS
-from ...weight_map import weights
+from ...architecture.families.base import Family, dims
+from ...architecture.families.dialect import Dialect
+from ...architecture.weight_map import weights
+from ...formats.safetensors import FLOATS
+from ...utils.errors import CheckpointError
 from .reader import ALL, Stored
 
 TAGS = {name: tag for tag, name in FLOATS.items()}

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ...families.dialect import Dialect
+from ...architecture.families.dialect import Dialect
 
 ALL = slice(None)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import shards
-from ...families.dialect import Dialect
+from ...architecture.families.dialect import Dialect
+from ...formats import safetensors
 from ..layout import read_config
 from .reader import ALL, Stored
 
@@ -17,12 +17,12 @@ class SafetensorsReader:
 
     def __init__(self, folder: Path):
         self.config = read_config(folder)
-        self._infos = shards.read_layout(folder)
+        self._infos = safetensors.read_layout(folder)
         self.stored = {name: Stored(i.dtype, i.shape, i.file.name) for name, i in self._infos.items()}
         self.notes: list[str] = []
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
-        tensor = shards.view(self._infos[name])  # a map of its own each time, so that it can be released alone
+        tensor = safetensors.view(self._infos[name])  # a map of its own each time, so that it can be released alone
         return tensor[(*(rows, columns)[: tensor.ndim], ...)]  # the dots: a scalar stays an array
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Weights of pytorch_model.bin files, single or sharded, read without torch and without running code from them.
 
 Such a file is a zip, whose entries are found and checked in torch_zip.py; the pickle in it that describes the tensors
-is read in pickles.py. Only files in the format before torch 1.6 need torch.
+is read in formats/torch_pickle.py. Only files in the format before torch 1.6 need torch.
 """
 
 import re
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import shards
-from ...errors import CheckpointError, InstallationError, report, shown
-from ...families.dialect import Dialect
-from ...files import lfs_pointer, why_not_a_file
+from ...architecture.families.dialect import Dialect
+from ...formats import safetensors
+from ...formats.torch_pickle import META, NOT_DENSE, UNFINISHED, Table, Tensor, WouldRunCode, kind_of, read_pickle
+from ...formats.torch_zip import REPEATED, TAGS, UNKNOWN_DTYPE, ZIPPED, Archive, Place, place
+from ...utils.errors import CheckpointError, InstallationError, report, shown
+from ...utils.files import lfs_pointer, why_not_a_file
 from ..layout import BIN, BIN_INDEX, BIN_SHARDS, read_config
-from .pickles import META, NOT_DENSE, UNFINISHED, Table, Tensor, WouldRunCode, kind_of, read_pickle
 from .reader import ALL, Stored
-from .torch_zip import REPEATED, TAGS, UNKNOWN_DTYPE, ZIPPED, Archive, Place, place
 
 PICKLED = b"\x80\x02"  # the format before torch 1.6
-NAMING = shards.Naming(single=BIN, index=BIN_INDEX, pattern=BIN_SHARDS)
+NAMING = safetensors.Naming(single=BIN, index=BIN_INDEX, pattern=BIN_SHARDS)
 WRAPPER = "module"  # FlagAI saves {"module": state_dict}
 ADVICE_OF_TORCH = re.compile(r"weights[_ ]only", re.IGNORECASE)
 WOULD_RUN = re.compile(r"unsupported global|trying to (call|instantiate|load)", re.IGNORECASE)
@@ -49,7 +49,7 @@ def _complaint(name: object, value: object, tensor_type: type) -> str:
         return f"a {kind_of(value)} goes by a {kind_of(name)}"
     if not isinstance(value, tensor_type):
         return f"'{shown(name)}' is a {kind_of(value)}"
-    fine = name and name.isprintable() and len(name) <= shards.MAX_NAME  # as in safetensors
+    fine = name and name.isprintable() and len(name) <= safetensors.MAX_NAME  # as in safetensors
     return "" if fine else f"'{shown(name)}' is no name of a tensor"
 
 
@@ -100,7 +100,7 @@ class _WholeFiles:
         if str(tensor.dtype) == "torch.bfloat16":  # numpy knows it only through its bits
             import torch
 
-            return tensor.view(torch.int16).numpy().view(shards.DTYPES["BF16"])
+            return tensor.view(torch.int16).numpy().view(safetensors.DTYPES["BF16"])
         return tensor.numpy()
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class TorchBinReader:
 
     def _survey(self) -> dict[str, Stored]:
         """Name, dtype and shape of every tensor. Raises CheckpointError with all findings."""
-        placed, findings = shards.read_placement(self._folder, NAMING)
+        placed, findings = safetensors.read_placement(self._folder, NAMING)
         stored: dict[str, Stored] = {}
         for file in sorted(placed):
             try:
@@ -173,7 +173,7 @@ class TorchBinReader:
                 findings.append(str(error))
                 continue
             findings += [f"{name} is in both {stored[name].file} and {file}" for name in held if name in stored]
-            findings += shards.compare_with_index(file, set(held), placed[file], NAMING)
+            findings += safetensors.compare_with_index(file, set(held), placed[file], NAMING)
             findings += [f"{name} in {file} {trouble}" for name, trouble in troubles.items()]
             stored.update(held)
         if findings:

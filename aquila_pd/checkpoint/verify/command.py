@@ -4,12 +4,12 @@ import argparse
 import os
 from pathlib import Path
 
-from ...errors import OutputError
-from ...families import AUTO, FAMILIES
-from ...files import write_json, write_text
+from ...architecture.families import AUTO, FAMILIES
+from ...utils.command import run
+from ...utils.errors import OutputError
+from ...utils.files import write_json, write_text
 from ..hub import find_input
 from ..sources import open_source
-from ..terminal import run
 from .evidence import LEVELS, MADE_BY, Evidence, as_data, prove
 from .page import page
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ... import families, shards
-from ...errors import CheckpointError, ConfigError, VerificationError, report, shown_value
-from ...shards import DEFAULT_SHARD_SIZE, FLOATS, TensorInfo
-from ...weight_map import BASE_MODEL_PREFIX, Weight
+from ...architecture import families
+from ...architecture.weight_map import BASE_MODEL_PREFIX, Weight
+from ...formats import safetensors
+from ...formats.safetensors import DEFAULT_SHARD_SIZE, FLOATS, TensorInfo
+from ...utils.errors import CheckpointError, ConfigError, VerificationError, report, shown_value
 from ..layout import CONFIG, read_config
 from ..plan import TAGS, make_plan
 from ..sources import Source
@@ -62,7 +63,7 @@ def compare_folders(source: Source, folder: Path) -> Sides:
         raise ConfigError(f"{source.path} is a Paddle folder. Give the torch checkpoint it was converted from.")
     plan = make_plan(source, find_target(PADDLE), dtype=None, max_shard_size=DEFAULT_SHARD_SIZE)
     config = read_config(folder)
-    held = shards.read_layout(folder)
+    held = safetensors.read_layout(folder)
     if not any(name.startswith(f"{BASE_MODEL_PREFIX}.") for name in held):
         raise CheckpointError(
             f"{folder} is no converted folder: none of its {len(held)} tensors has a Paddle name, which begins with "

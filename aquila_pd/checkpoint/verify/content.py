@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import shards
-from ...errors import VerificationError, report
-from ...shards import DTYPES, FLOATS, TensorInfo
-from ...weight_map import Weight, weights
-from ..moving import parts
-from ..pipeline import buffer_size, in_order
-from ..progress import Progress
+from ...architecture.weight_map import Weight, weights
+from ...formats import safetensors
+from ...formats.safetensors import DTYPES, FLOATS, TensorInfo
+from ...utils.errors import VerificationError, report
+from ...utils.progress import Progress
+from ..io.pipeline import buffer_size, in_order
+from ..io.stream_copy import parts
 from ..sources import ALL, Source
 from ..targets import PADDLE, Target, find_target
 from .comparison import EXACT, header_differences
@@ -52,7 +52,7 @@ def verify_content(source: Source, output: Path, *, target: Target | None = None
     """
     target = target or find_target(PADDLE)
     wanted = {target.name(weight): weight for weight in weights(source.dims)}
-    held = shards.read_layout(output)
+    held = safetensors.read_layout(output)
     findings = header_differences({name: target.shape(weight) for name, weight in wanted.items()}, held)
     found = {} if findings else _compare(source, held, wanted, target, workers=workers)
     worst = sorted(((d.worst, name, d) for name, d in found.items() if d.differing), reverse=True)
@@ -103,13 +103,13 @@ def _compare(
 
 def _compare_part(source: Source, weight: Weight, info: TensorInfo, rows: slice, *, turned: bool) -> Differences:
     """Compare rows of the output with what the source holds there, both turned to the source's layout."""
-    there, found = shards.view(info)[rows], Differences()
+    there, found = safetensors.view(info)[rows], Differences()
     for some in source.tiles(weight.hf) if turned else [rows]:  # rows of the source
         tensor = source.read(weight.hf, some, rows if turned else ALL)
         begin = (some.start, rows.start if turned else 0)
         found.add(_compare_arrays(tensor, there[:, some].T if turned else there, begin))
-        shards.release(tensor)
-    shards.release(there)
+        safetensors.release(tensor)
+    safetensors.release(there)
     return found
 
 

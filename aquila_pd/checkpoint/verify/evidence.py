@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import CheckpointError, ConfigError, VerificationError
-from ...files import read_object
+from ...utils.errors import CheckpointError, ConfigError, VerificationError
+from ...utils.files import read_object
+from ..io.manifest import MANIFEST, read_manifest
+from ..io.pipeline import count_workers
 from ..layout import CONFIG
-from ..manifest import MANIFEST, read_manifest
-from ..pipeline import count_workers
-from ..reporting import VERSIONS_OF
+from ..report import VERSIONS_OF
 from ..sources import Source
 from .comparison import Sides, compare_folders
 from .content import verify_content
@@ -97,7 +97,7 @@ def _token_ids(source: Source, folder: Path, prompt: str | None) -> tuple[np.nda
     """ids [B, T] and what to say of them."""
     if prompt is None:
         return token_ids_for(source.fields)
-    from ...tokenizer_files import load_backend  # imports the tokenizers library
+    from ...tokenization.convert import load_backend  # imports the tokenizers library
 
     ids = load_backend(folder).encode(prompt).ids[:LONGEST]
     vocabulary = source.fields["vocab_size"]

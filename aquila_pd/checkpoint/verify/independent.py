@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import shards
-from ...errors import VerificationError, report
-from ...gguf_file import import_gguf, open_gguf
-from ...shards import TensorInfo
+from ...formats import safetensors
+from ...formats.gguf import import_gguf, open_gguf
+from ...formats.safetensors import TensorInfo
+from ...utils.errors import VerificationError, report
 from ..layout import CONFIG, read_json
 from ..sources import Source
 
@@ -72,7 +72,7 @@ def recompute(source: Source, held: Mapping[str, tuple[TensorInfo, bool]]) -> tu
     rng, count, findings = np.random.default_rng(SEED), 0, []
     with closing(_GGUF(source) if source.layout.kind == "gguf" else _Folder(source)) as meaning:
         for name, (info, turned) in held.items():
-            stored = shards.view(info)
+            stored = safetensors.view(info)
             there = (stored.T if turned else stored).reshape(info.shape[::-1] if turned else (info.shape[0], -1))
             rows, columns = (_some(rng, n, most) for n, most in zip(there.shape, (ROWS, COLUMNS), strict=True))
             values = np.array([meaning.row(name, row, columns, there.shape[1]) for row in rows])
@@ -88,7 +88,7 @@ def recompute(source: Source, held: Mapping[str, tuple[TensorInfo, bool]]) -> tu
                     f"recomputed  {name}: {len(differing)} of {wanted.size}; at [{rows[r]}, {columns[c]}] "
                     f"the stored numbers mean {wanted[r, c]}, the output says {found[r, c]}"
                 )
-            shards.release(stored)
+            safetensors.release(stored)
     return count, findings
 
 

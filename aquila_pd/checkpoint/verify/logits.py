@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import ConfigError, InstallationError, VerificationError, report
+from ...utils.errors import ConfigError, InstallationError, VerificationError, report
 from ..sources import Source
 from .result import Verified
 

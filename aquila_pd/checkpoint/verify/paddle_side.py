@@ -8,15 +8,16 @@ import numpy as np
 import paddle
 from paddlenlp.utils.log import logger
 
-from ... import shards, threads
+from ...architecture.weight_map import EMBEDDING, FINAL_NORM, HEAD, L, Row
 from ...configuration import AquilaConfig
+from ...formats import safetensors
+from ...formats.safetensors import TensorInfo
 from ...fusion_ops import select
-from ...masks import Mask
 from ...modeling import DecoderLayer, RMSNorm
-from ...rotary import Angles, RotaryEmbedding
-from ...shards import TensorInfo
-from ...weight_map import EMBEDDING, FINAL_NORM, HEAD, L, Row
-from ..pipeline import count_workers
+from ...ops import threads
+from ...ops.attention_mask import Mask
+from ...ops.rope import Angles, RotaryEmbedding
+from ..io.pipeline import count_workers
 
 
 class Ours:
@@ -38,7 +39,7 @@ class Ours:
         """These rows of the embedding in float32."""
         stored = self._view(EMBEDDING)
         found = stored[rows].astype(np.float32)
-        shards.release(stored)
+        safetensors.release(stored)
         return found
 
     @contextmanager
@@ -47,7 +48,7 @@ class Ours:
             layer = DecoderLayer(self.config, i, self._ops)
         prefix = Row(L, ()).paddle.format(i=i)
         for name, parameter in layer.named_parameters():
-            _fill(parameter, shards.view(self._held[prefix + name]))
+            _fill(parameter, safetensors.view(self._held[prefix + name]))
         layer.eval()
         yield OurLayer(layer, self._angles, self._mask)
 
@@ -66,7 +67,7 @@ class Ours:
         return _run(lambda x: paddle.matmul(x, weight), x)
 
     def _view(self, row: Row) -> np.ndarray:
-        return shards.view(self._held[row.paddle])
+        return safetensors.view(self._held[row.paddle])
 
 
 class OurLayer:
@@ -96,7 +97,7 @@ def _fill(parameter, stored: np.ndarray) -> None:
 def _tensor(stored: np.ndarray, part: slice | tuple[slice, ...] = slice(None)):
     """Part of a mapped tensor in memory of its own; the file's pages are given back."""
     values = paddle.to_tensor(stored[part].astype(np.float32))
-    shards.release(stored)
+    safetensors.release(stored)
     return values
 
 

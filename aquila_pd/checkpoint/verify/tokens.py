@@ -9,7 +9,7 @@ there a file that was exchanged is found, and a wrong reading is not. Needs neit
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ...errors import TokenizerError, VerificationError, report
+from ...utils.errors import TokenizerError, VerificationError, report
 from ..sources import Source
 
 TEXTS = (
@@ -36,7 +36,7 @@ def compare_tokenizers(source: Source, folder: Path, prompt: str | None = None) 
 
     Raises TokenizerError for files of the Paddle folder that cannot be read.
     """
-    from ...tokenizer_files import from_gguf, load_backend  # imports the tokenizers library
+    from ...tokenization.convert import from_gguf, load_backend  # imports the tokenizers library
 
     if not _has_tokenizer(folder):
         return "; tokenizers were not compared: the Paddle folder has none"
@@ -62,7 +62,7 @@ def compare_tokenizers(source: Source, folder: Path, prompt: str | None = None) 
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    from ...tokenizer_config import MERGES_TXT, SENTENCEPIECE, TOKENIZER_JSON, VOCAB_JSON, files_in
+    from ...tokenization.config import MERGES_TXT, SENTENCEPIECE, TOKENIZER_JSON, VOCAB_JSON, files_in
 
     found = files_in(folder)
     return bool(found & {TOKENIZER_JSON, SENTENCEPIECE}) or {VOCAB_JSON, MERGES_TXT} <= found
@@ -84,7 +84,7 @@ def _of_the_library(folder: Path) -> tuple[str, Callable[[str], list[int]] | Non
     """The library that reads a folder's files as they stand, and its ids of a text without what surrounds it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from ... import tokenizer_config as files
+    from ...tokenization import config as files
 
     config = files.read_config(folder)
     if (folder / files.TOKENIZER_JSON).is_file():

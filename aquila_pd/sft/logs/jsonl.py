@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ...errors import TrainingError
+from ...utils.errors import TrainingError
 
 NAME = "log.jsonl"
 

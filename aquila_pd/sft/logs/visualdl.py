@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ...errors import InstallationError
+from ...utils.errors import InstallationError
 
 STEP_TAGS = ("loss", "lr", "grad_norm", "tokens_per_s")
 FOLDER = "visualdl"

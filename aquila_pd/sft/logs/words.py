@@ -2,7 +2,7 @@
 
 import math
 
-from ...checkpoint.progress import duration
+from ...utils.progress import duration
 from .records import EvalRecord, Reported, StageInfo
 
 GIB = 1024  # MiB

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ....errors import CheckpointError, report, shown_value
+from ....utils.errors import CheckpointError, report, shown_value
 from ..reader import ALL, Reader, Stored
 from . import awq, gptq, nf4
 from .settings import KEY, Said, find_settings

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .... import shards
-from ....errors import shown_value
+from ....formats import safetensors
+from ....utils.errors import shown_value
 from ..reader import Reader, Stored
 from . import survey
 from .grouped import WORD, Grouped
@@ -208,7 +208,7 @@ def _order_inputs(reader: Reader, orders: Mapping[str, str], found: Survey, sche
         elif not np.array_equal(group_of, in_order):
             unannounced += not scheme.act_order
             found.matrices[weight] = replace(matrix, g_idx=name)
-        shards.release(group_of)
+        safetensors.release(group_of)
     if empty:
         found.notes.append(f"{empty} g_idx hold nothing but zeros and are read as none: groups follow each other")
     if unannounced:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .... import shards
-from ....errors import shown, shown_value
-from ....files import JSON_ERRORS, parse_json
+from ....formats import safetensors
+from ....utils.errors import shown, shown_value
+from ....utils.files import JSON_ERRORS, parse_json
 from ..reader import Reader, Stored
 from . import survey
 from .settings import Said
@@ -212,7 +212,7 @@ def _bad_values(state: Mapping, *, nested: bool) -> list[str]:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and 0 < value <= shards.MAX_NUMBER
+    return type(value) is int and 0 < value <= safetensors.MAX_NUMBER
 
 
 def _is_blocksize(value: object) -> bool:

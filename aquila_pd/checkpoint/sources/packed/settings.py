@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....errors import CheckpointError, shown, shown_value
+from ....utils.errors import CheckpointError, shown, shown_value
 from ...layout import CONFIG, read_json
 
 KEY = "quantization_config"

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .... import shards
+from ....formats import safetensors
 from ..reader import Reader, Stored
 
 FLOATS = ("F16", "BF16", "F32")
@@ -72,7 +72,7 @@ def strips(reader: Reader, name: str) -> Iterator[np.ndarray]:
     for begin in range(0, count, height):
         some = reader.read(name, slice(begin, begin + height))
         yield some
-        shards.release(some)
+        safetensors.release(some)
 
 
 def drop_biases(reader: Reader, modules: Iterable[str], found: Survey) -> None:
@@ -99,7 +99,7 @@ def unpacking_note(count: int, name: str, scales: set[str]) -> str:
 
     scales: the dtypes of their scales. The product of a 16-bit float and a small integer is exact in float32.
     """
-    half = shards.FLOATS[next(iter(scales))] if scales in ({"F16"}, {"BF16"}) else None
+    half = safetensors.FLOATS[next(iter(scales))] if scales in ({"F16"}, {"BF16"}) else None
     rounding = f" without rounding; --dtype {half} rounds each value once, as torch does" if half else ""
     return f"{count} tensors are packed as {name} and are unpacked to float32{rounding}"
 

@@ -1,0 +1,196 @@
+"""What was trained as a plain model folder: an adapter merged into the files of its base, part by part.
+
+The folder is what `aquila-pd convert` would have made of the merged model: weights, configuration, tokenizer, code,
+manifest. Like a conversion it holds a few hundred megabytes in memory whatever the model's size, appears whole or not
+at all, and goes on where a killed run of the same command has stopped.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..checkpoint.bundle import write_bundle
+from ..checkpoint.chat_template import Recorded, choose_template
+from ..checkpoint.ids import GENERATION_CONFIG, check_vocabulary
+from ..checkpoint.io.journal import Journal, fingerprint
+from ..checkpoint.io.manifest import write_manifest
+from ..checkpoint.io.output import OF_THE_RUN, check_output
+from ..checkpoint.io.pipeline import count_workers
+from ..checkpoint.io.shard_writer import write_weights
+from ..checkpoint.io.staging import completed, staging, undo_killed
+from ..checkpoint.layout import CONFIG, read_json
+from ..checkpoint.plan import Plan, make_plan
+from ..checkpoint.sources import Source, open_source
+from ..checkpoint.targets import PADDLE, find_target
+from ..formats.safetensors import DEFAULT_SHARD_SIZE, INDEX, index_of, write_json
+from ..utils.errors import CheckpointError, ConfigError, OutputError, printable
+from ..utils.files import sync_tree
+from ..utils.progress import counted, megabytes
+from .merged_source import MergedSource
+from .peft_files import CONFIG as ADAPTER_CONFIG
+from .peft_files import Adapter, check_fits, open_adapter
+
+ONTO = ("trained", "original")
+
+
+def merge_folder(
+    base: Path | str,
+    adapter: Path | str | None,
+    output: Path | str,
+    *,
+    onto: str = "trained",
+    template: str | None = None,
+    workers: int | None = None,
+    fsync: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write a model folder of a base's weights with an adapter merged into them; None writes the base itself.
+
+    base: a folder of Paddle weights, or of torch's. The adapter is added in float32 and each value rounded once to the
+    dtype it has in the base. onto: the weights the adapter was "trained" on, which for QLoRA are those left of NF4, or
+    the "original" ones. template: the chat template to record in place of the base's. overwrite: replace
+    an earlier export, or conversion, once the new one is complete.
+    Raises an AquilaError before anything is written for what does not fit, and leaves nothing after any error.
+    """
+    base, output = Path(base), Path(output)
+    if onto not in ONTO:
+        raise ConfigError(f"An adapter is merged onto the weights it was {' or '.join(ONTO)}, not {onto!r}.")
+    workers = count_workers(workers)
+    opened_adapter = None if adapter is None else open_adapter(adapter)
+    _check_base(base)
+    with open_source(base) as opened, TemporaryDirectory(prefix="aquila_pd-") as prepared:
+        source = _merged(opened, opened_adapter, onto)
+        plan = _plan(opened, source, template)
+        _prepare_tokenizer(plan, Path(prepared))
+        say(describe(source, plan, output))
+        made_for = fingerprint(source, plan)
+        for line in undo_killed(output, made_for):
+            say(line)
+        _check_output(output, source, plan, overwrite=overwrite)
+        with staging(output, overwrite=overwrite, fsync=fsync, say=say) as stage:
+            _check_output(output, source, plan, overwrite=overwrite)  # again, now that no other run can be writing it
+            journal = Journal(stage.folder, made_for)
+            stage.finished, stage.count = lambda: journal.worth_keeping, len(plan.shards)
+            with _failures_of_the_disk(source.files, output):
+                journal.resume(workers=workers, say=say)
+                findings = write_weights(source, plan, journal, workers=workers, fsync=fsync)
+                _complete(plan, journal, Path(prepared), fsync=fsync)
+            if fingerprint(source, plan) != made_for:
+                raise CheckpointError(f"{base} or the adapter changed while it was read. Export again when it is done.")
+    with completed(output):
+        for line in findings:
+            say(f"  warning   {printable(line)}")
+        say(f"Wrote {counted(len(plan.moves), 'tensor')}, {megabytes(plan.nbytes)}, to {output}.")
+
+
+def _check_base(base: Path) -> None:
+    if (base / ADAPTER_CONFIG).is_file() and not (base / CONFIG).is_file():
+        raise CheckpointError(f"{base} is an adapter. The base is the folder of the model it was trained on.")
+    if not base.exists():
+        raise CheckpointError(f"The base model {base} does not exist. Say with --base where it is now.")
+
+
+def _merged(base: Source, adapter: Adapter | None, onto: str) -> MergedSource:
+    if adapter is None:
+        return MergedSource(base, None)
+    check_fits(adapter, base.dims)
+    return MergedSource(base, adapter, packed=adapter.packed if onto == "trained" else ())
+
+
+def _plan(base: Source, source: MergedSource, template: str | None) -> Plan:
+    """The converter's plan, for our own Paddle decoder."""
+    recorded = Recorded(None, "as the base has it") if template is None else choose_template(base, base.path, template)
+    target = find_target(PADDLE)
+    plan = make_plan(source, target, dtype=None, max_shard_size=DEFAULT_SHARD_SIZE, chat_template=recorded)
+    file = base.path / GENERATION_CONFIG
+    if base.framework == PADDLE and file.is_file():  # its options are Paddle's already
+        plan = replace(plan, generation={**read_json(file), **plan.generation})
+    return plan
+
+
+def describe(source: MergedSource, plan: Plan, output: Path) -> str:
+    """What will be done, in lines for a person."""
+    adapter, lines = source.adapter, [f"Export {plan.source}"]
+    if adapter is not None:
+        spec = adapter.spec
+        kind = "DoRA" if spec.dora else "rsLoRA" if spec.rslora else "LoRA"
+        lines += [
+            f"  with      {adapter.folder}",
+            f"            {kind}, r {spec.r}, scaling {source.scaling:g}, on {', '.join(spec.targets)}",
+        ]
+        if adapter.packed:
+            which = "what NF4 left of them, as trained" if source.packed else "as they are, which was not what it saw"
+            lines.append(f"  weights   {', '.join(adapter.packed)}: {which}")
+    lines += [
+        f"     to     {output}",
+        f"  output    {counted(len(plan.moves), 'tensor')}, {plan.dtype}, {megabytes(plan.nbytes)}",
+        f"  chat      {plan.chat_template}",
+    ]
+    return "\n".join(map(printable, [*lines, *(f"  warning   {warning}" for warning in plan.warnings)]))
+
+
+def _check_output(output: Path, source: MergedSource, plan: Plan, *, overwrite: bool) -> None:
+    places = [source.path, *([source.adapter.folder] if source.adapter else [])]
+    for place in places:
+        check_output(output, place, overwrite=overwrite, nbytes=plan.nbytes)
+
+
+def _prepare_tokenizer(plan: Plan, folder: Path) -> None:
+    """Make the tokenizer's files before any weight is written: one that cannot be read or used stops the plan."""
+    from ..tokenization.convert import TOKENIZER_JSON, write_tokenizer  # imports tokenizers
+
+    written = write_tokenizer(plan.source, folder, chat_template=plan.chat_template.jinja)
+    if TOKENIZER_JSON in written:
+        check_vocabulary(folder, plan.fields["vocab_size"])
+
+
+def _complete(plan: Plan, journal: Journal, tokenizer: Path, *, fsync: bool) -> None:
+    """What makes a folder of shards a model, and its manifest."""
+    folder = journal.folder
+    if len(plan.shards) > 1:
+        write_json(folder / INDEX, index_of(plan.shards))
+    write_json(folder / CONFIG, plan.config)
+    write_json(folder / GENERATION_CONFIG, plan.generation)
+    for path in sorted(tokenizer.iterdir()):
+        shutil.copyfile(path, folder / path.name)
+    write_bundle(folder)
+    hashes = {file: finished.sha256 for file, finished in journal.finished.items()}
+    write_manifest(folder, plan, hashes, without=set(OF_THE_RUN))
+    if fsync:
+        sync_tree(folder)
+
+
+@contextmanager
+def _failures_of_the_disk(read: list[Path], output: Path) -> Iterator[None]:
+    """An error of the system while writing becomes an OutputError, unless it is about a file that is read."""
+    try:
+        yield
+    except BrokenPipeError:  # of the progress lines, whose reader is gone
+        raise
+    except OSError as error:
+        if error.filename and Path(error.filename) in read:
+            raise
+        raise OutputError(f"Writing {output} failed: {error.strerror or error}. Make room there.") from error
+
+
+# ---------------------------------------------------------------------------------------------- adapters alone
+
+
+def copy_adapter(adapter: Path | str, output: Path | str, *, base: str | None = None) -> None:
+    """Copy an adapter's files, for transformers and peft. base: the model it shall name, a folder or a hub's id.
+
+    Raises CheckpointError for files that are no adapter, OutputError when something is at the output.
+    """
+    opened, output = open_adapter(adapter), Path(output)
+    nbytes = sum(path.stat().st_size for path in opened.files)
+    check_output(output, opened.folder, overwrite=False, nbytes=nbytes)
+    with staging(output, say=lambda line: None) as stage, _failures_of_the_disk(opened.files, output):
+        for path in opened.files:
+            shutil.copyfile(path, stage.folder / path.name)
+        if base is not None:
+            config = read_json(opened.folder / ADAPTER_CONFIG)
+            write_json(stage.folder / ADAPTER_CONFIG, {**config, "base_model_name_or_path": base})

@@ -1,0 +1,1 @@
+"""Writing a checkpoint: streaming copies, shards, journal, staging folder, manifest."""

@@ -1,0 +1,143 @@
+"""What a conversion has finished, so that the same command goes on after it was killed.
+
+The journal lies in the staging folder and names each finished shard with its hash. A later run believes neither it nor
+the files: it reads every finished shard again and keeps those whose hash is right, if source, options and version are
+the same. So it does not matter what a power failure left behind.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from ...runtime.versions import VERSION
+from ...utils.errors import OutputError
+from ...utils.files import JSON_ERRORS, hash_file, write_json
+from ...utils.progress import Progress, counted
+from ..plan import Plan
+from ..sources import Source
+from .pipeline import in_order
+
+JOURNAL = "conversion-journal.json"
+LOCK = "conversion.lock"  # held by the run that writes here
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard that is written: its hash; names of source tensors -> how many NaN or infinite values they hold."""
+
+    sha256: str
+    nonfinite: dict[str, int] = field(default_factory=dict)
+
+
+class Journal:
+    """Finished shards of one staging folder, by file name. made_for: the fingerprint of the conversion."""
+
+    def __init__(self, folder: Path, made_for: dict):
+        self.folder, self.made_for = folder, made_for
+        self.finished: dict[str, Finished] = {}
+        self.other = ""  # in what the conversion differs that finished shards in this folder
+        self._claimed, self._why_not = self._read()  # what an earlier run says; nothing is believed yet
+
+    @property
+    def worth_keeping(self) -> int:
+        """How many shards a later run may be able to use: as the disk has it, for a run may stop anywhere."""
+        claimed, _ = self._read()
+        return len(claimed) or int(bool(self.other))
+
+    def record(self, file: str, finished: Finished, *, fsync: bool = False) -> None:
+        """Note a shard that lies in the folder under its own name."""
+        self._write({**self.finished, file: finished}, fsync=fsync)
+        self.finished[file] = finished
+
+    def resume(self, *, workers: int, say: Callable[[str], None]) -> None:
+        """Take over what an earlier run finished, remove the rest of what it left, and say which.
+
+        Raises OutputError when finished shards of another conversion lie there: they may be the work of a night.
+        """
+        if self.other:
+            raise OutputError(
+                f"{self.folder} holds finished shards of an earlier run, but {self.other} "
+                f"{'are' if ' and ' in self.other else 'is'} not the same now. Nothing was changed.\n"
+                f"Give the command of that run again to go on after them, or remove {self.folder} to start afresh."
+            )
+        rest = [path for path in self.folder.iterdir() if path.name not in {LOCK, JOURNAL, *self._claimed}]
+        if self._why_not and (rest or (self.folder / JOURNAL).exists()):
+            say(
+                f"  restarted an earlier run was not finished, but {self._why_not}: it is done again from the beginning"
+            )
+        for path in rest:
+            _remove(path)
+        if self._claimed:
+            self._check(workers=workers, say=say)
+        self._write(self.finished)
+
+    def _read(self) -> tuple[dict[str, Finished], str]:
+        """The shards an earlier journal calls finished, and why it is of no use."""
+        try:
+            found = json.loads((self.folder / JOURNAL).read_text("utf-8"))
+            theirs = dict(found["for"])
+            claimed = {str(file): Finished(**finished) for file, finished in found["finished"].items()}
+        except FileNotFoundError:
+            return {}, "left no journal"
+        except (OSError, *JSON_ERRORS, KeyError, TypeError, AttributeError):
+            return {}, "its journal is damaged"
+        claimed = {f: done for f, done in claimed.items() if Path(f).name == f and (self.folder / f).is_file()}
+        differing = [key for key, value in self.made_for.items() if theirs.get(key) != value]
+        self.other = " and ".join(differing) if claimed else ""
+        return (claimed, "") if not differing else ({}, "another conversion began it")
+
+    def _check(self, *, workers: int, say: Callable[[str], None]) -> None:
+        """Believe those claims whose files have the right hash."""
+        sizes = {file: (self.folder / file).stat().st_size for file in self._claimed}
+        progress = Progress("check", total=sum(sizes.values()), tensors=len(sizes), what="shard")
+        hashes = in_order(lambda file: (file, hash_file(self.folder / file)), sorted(sizes), workers=workers)
+        for file, digest in hashes:
+            progress.advance(sizes[file])
+            if digest == self._claimed[file].sha256:
+                self.finished[file] = self._claimed[file]
+            else:
+                say(f"  damaged   {file}, finished by an earlier run, has another hash now: it is written again")
+                del self._claimed[file]
+                _remove(self.folder / file)
+        progress.close()
+        if self.finished:
+            say(f"  resumed   {counted(len(self.finished), 'shard')} finished by an earlier run, hashes checked")
+
+    def _write(self, finished: dict[str, Finished], *, fsync: bool = False) -> None:
+        lines = {file: asdict(finished[file]) for file in sorted(finished)}
+        write_json(self.folder / JOURNAL, {"for": self.made_for, "finished": lines}, fsync=fsync)
+
+
+def fingerprint(source: Source, plan: Plan) -> dict:
+    """What a finished shard depends on. Another path to the same files, or another number of workers, is no change."""
+    stats = [(path.name, path.stat()) for path in source.files]
+    options = {
+        "kind": plan.kind,
+        "family": plan.family,
+        "target": [plan.target.framework, plan.target.architecture],
+        "shards": [[s.file, [[e.name, e.dtype, list(e.shape)] for e in s.entries]] for s in plan.shards],
+        "config": source.config,
+    }
+    return {
+        "the version of aquila_pd": VERSION,
+        "the source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "the plan": sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest(),
+    }
+
+
+def read_fingerprint(folder: Path) -> object:
+    """What the journal in a folder is for; None when it cannot be read."""
+    try:
+        return json.loads((folder / JOURNAL).read_text("utf-8"))["for"]
+    except (OSError, *JSON_ERRORS, KeyError, TypeError):
+        return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

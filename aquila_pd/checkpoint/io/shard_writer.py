@@ -1,0 +1,145 @@
+"""Shards of a plan, written one after the other from parts that several threads make ahead.
+
+The threads cut, cast and turn; this one hashes and writes, so that a file grows from its beginning to its end and its
+bytes do not depend on the number of threads.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...formats.safetensors import DTYPES, FLOATS, Entry, Shard, write_shard
+from ...utils.errors import CheckpointError, report
+from ...utils.files import sync
+from ...utils.progress import Progress, counted
+from ..plan import Plan
+from ..sources import Source
+from .journal import Finished, Journal
+from .pipeline import Buffers, in_order
+from .stream_copy import Counts, move, parts
+
+UNPACKED = 4  # bytes of a value while it is unpacked; rows of such a part are unpacked at once
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one thread makes at a time: rows of a tensor of the output. last: nothing of the tensor follows."""
+
+    entry: Entry
+    rows: slice
+    last: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows.stop - self.rows.start, *self.entry.shape[1:])
+
+
+@dataclass
+class Made:
+    """The bytes of a part, in a buffer to be given back, and what was found in its values."""
+
+    part: Part
+    buffer: np.ndarray
+    nbytes: int
+    counts: Counts
+
+
+def write_weights(source: Source, plan: Plan, journal: Journal, *, workers: int, fsync: bool) -> list[str]:
+    """Write the shards that are not finished; name every tensor that holds NaN or infinite values.
+
+    Raises CheckpointError naming every tensor with finite values that its dtype cannot hold.
+    """
+    waiting = [shard for shard in plan.shards if shard.file not in journal.finished]
+    buffers = Buffers(workers)
+    tasks = (part for shard in waiting for part in _parts(source, plan, shard, buffers.nbytes))
+    tensors = sum(len(shard.entries) for shard in waiting)
+    progress = Progress("write", total=sum(shard.nbytes for shard in waiting), tensors=tensors)
+    try:
+        with closing(in_order(lambda part: _make(source, plan, part, buffers), tasks, workers=workers)) as made:
+            for shard in waiting:
+                _write(shard, plan, made, buffers, progress, journal, fsync=fsync)
+    finally:
+        progress.close()
+    return _findings(plan, journal)
+
+
+def _parts(source: Source, plan: Plan, shard: Shard, most: int) -> Iterator[Part]:
+    for entry in shard.entries:
+        weight, itemsize = plan.moves[entry.name], DTYPES[entry.dtype].itemsize
+        if source.tensors[weight.hf].packed and not plan.target.turns(weight):
+            itemsize = max(itemsize, UNPACKED)
+        cut = list(parts(entry.shape, itemsize, most))
+        yield from (Part(entry, rows, rows is cut[-1]) for rows in cut)
+
+
+def _make(source: Source, plan: Plan, part: Part, buffers: Buffers) -> Made:
+    weight, dtype = plan.moves[part.entry.name], DTYPES[part.entry.dtype]
+    nbytes = int(np.prod(part.shape)) * dtype.itemsize
+    buffer = buffers.take(nbytes)
+    region = buffer[:nbytes].view(dtype).reshape(part.shape)
+    if not plan.target.turns(weight):
+        return Made(part, buffer, nbytes, move(source.read(weight.hf, part.rows), region))
+    counts = Counts()
+    for some in source.tiles(weight.hf):
+        counts.add(move(source.read(weight.hf, some, part.rows).T, region[:, some]))
+    return Made(part, buffer, nbytes, counts)
+
+
+def _write(
+    shard: Shard,
+    plan: Plan,
+    made: Iterator[Made],
+    buffers: Buffers,
+    progress: Progress,
+    journal: Journal,
+    *,
+    fsync: bool,
+) -> None:
+    """One shard under a temporary name, then under its own and in the journal."""
+    found: dict[str, Counts] = {}
+
+    def pieces() -> Iterator[np.ndarray]:
+        left = shard.nbytes
+        while left:
+            one = next(made)
+            yield one.buffer[: one.nbytes]
+            buffers.give_back(one.buffer)
+            left -= one.nbytes
+            found.setdefault(plan.moves[one.part.entry.name].hf, Counts()).add(one.counts)
+            progress.advance(one.nbytes, int(one.part.last))
+
+    partial = journal.folder / f".{shard.file}.partial"
+    digest = write_shard(partial, shard, pieces(), framework=plan.target.tag, fsync=fsync)
+    os.replace(partial, journal.folder / shard.file)
+    if fsync:
+        sync(journal.folder)
+    nonfinite = {name: counts.nonfinite for name, counts in found.items() if counts.nonfinite}
+    overflowed = {name: counts.overflowed for name, counts in found.items() if counts.overflowed}
+    if overflowed:  # not after the last shard, which may be hours away
+        raise CheckpointError(_overflow_report(plan, overflowed))
+    journal.record(shard.file, Finished(digest, nonfinite), fsync=fsync)
+
+
+def _findings(plan: Plan, journal: Journal) -> list[str]:
+    finished = [journal.finished[shard.file] for shard in plan.shards]
+    return [
+        f"{name} holds {n} NaN or infinite values; they were kept"
+        for done in finished
+        for name, n in done.nonfinite.items()
+    ]
+
+
+def _overflow_report(plan: Plan, overflows: dict[str, int]) -> str:
+    tags = {plan.moves[entry.name].hf: entry.dtype for shard in plan.shards for entry in shard.entries}
+    lines = [
+        f"overflow    {name}: {counted(n, 'value')} too large for {FLOATS[tags[name]]}" for name, n in overflows.items()
+    ]
+    advice = {
+        "F16": "Use --dtype bfloat16, which has the range of float32.",
+        "BF16": "Use --dtype float32.",
+    }.get(tags[next(iter(overflows))], "No dtype of a Paddle model can hold them; look at the source.")
+    headline = f"{plan.source} holds values that would become infinite:"
+    return report(headline, lines, f"Later shards were not looked at. {advice}")

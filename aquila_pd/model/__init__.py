@@ -1,0 +1,1 @@
+"""The parts of a Paddle model around the decoder: KV cache, loading and saving, generate()."""

@@ -1,0 +1,1 @@
+"""Tensor operations beside fusion_ops: attention masks, rotary embedding, fused linears, CPU forms."""

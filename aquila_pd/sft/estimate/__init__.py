@@ -1,0 +1,1 @@
+"""What a run will take, before it begins: steps, memory, time; the dry run."""

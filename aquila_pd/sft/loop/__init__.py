@@ -1,0 +1,1 @@
+"""One stage of training: batches, loss, optimizer, schedule, checkpoints, the Trainer."""

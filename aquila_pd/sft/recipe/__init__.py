@@ -1,0 +1,1 @@
+"""A training recipe: its schema, the YAML reader, the checks."""

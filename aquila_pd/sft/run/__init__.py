@@ -1,0 +1,1 @@
+"""A run of several stages in one folder: preflight, preparation, stages, processes, results."""
