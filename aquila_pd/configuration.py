@@ -5,13 +5,12 @@ Hugging Face's config.json and ours read alike. Families with other spellings ar
 
 from functools import cache
 
-from paddlenlp.transformers import PretrainedConfig
-
 from .architecture.config_checks import NEUTRAL
 from .architecture.config_checks import numbers as not_positive
 from .architecture.config_checks import rope_scaling as checked_rope_scaling
 from .architecture.config_checks import sizes as check_sizes
 from .architecture.weight_map import Dims
+from .runtime.base import PretrainedConfig
 from .utils.errors import ConfigError, report
 
 # Published sizes: hidden, intermediate, layers, heads, key/value heads, max positions.
@@ -31,7 +30,7 @@ def _known_to_paddlenlp() -> frozenset[str]:
 
 
 def _unsupported(keys: dict) -> list[str]:
-    """A line for each key that nobody reads or that asks for another architecture; takes the harmless ones out."""
+    """A line for each key that is not read or asks for another architecture; removes the harmless ones."""
     findings = []
     for name, (value, what) in NEUTRAL.items():
         found = keys.pop(name, None)

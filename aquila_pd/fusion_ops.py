@@ -67,8 +67,8 @@ def fused_rope(q, k, angles: Angles):
 
     def rotate(x):
         flat = x.reshape([1, B * T, x.shape[2], H])
-        turned = kernel(flat, None, None, sin=flat_sin, cos=flat_cos, use_neox_rotary_style=False)[0]
-        return turned.reshape(x.shape)
+        rotated = kernel(flat, None, None, sin=flat_sin, cos=flat_cos, use_neox_rotary_style=False)[0]
+        return rotated.reshape(x.shape)
 
     return rotate(q), rotate(k)
 
@@ -86,16 +86,16 @@ def fused_swiglu(gate, up):
 def attention(q, k, v, mask: Mask | None):
     """Grouped-query attention without repeating a key or value.
 
-    q [B, T, N, H]; k, v [B, K, S, H], the cache's layout; mask: who may look where, or None when every query may look
-    everywhere. Returns [B, T, N, H]. Softmax is in fp32.
+    q [B, T, N, H]; k, v [B, K, S, H], the cache's layout; mask: None when every query attends everywhere.
+    Returns [B, T, N, H]. Softmax is in fp32.
     """
-    T, sees = q.shape[1], None if mask is None else mask.sees
+    T, allowed = q.shape[1], None if mask is None else mask.allowed
     if T <= QUERY_BLOCK:
-        return attention_with_weights(q, k, v, sees)[0]
+        return attention_with_weights(q, k, v, allowed)[0]
     blocks = []
     for t in range(0, T, QUERY_BLOCK):
         some = slice(t, t + QUERY_BLOCK)
-        rows = sees if sees is None or sees.shape[2] == 1 else sees[:, :, some]
+        rows = allowed if allowed is None or allowed.shape[2] == 1 else allowed[:, :, some]
         blocks.append(attention_with_weights(q[:, some], k, v, rows)[0])
     return paddle.concat(blocks, axis=1)
 
@@ -123,7 +123,7 @@ def attention_with_weights(q, k, v, mask):
 def fused_attention(q, k, v, mask: Mask | None):
     """`attention` through Paddle's scaled_dot_product_attention (flash or memory-efficient kernels on a GPU)."""
     k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])  # [B, S, K, H]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.sees)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.allowed)
 
 
 def packed_attention(q, k, v, mask: PackedMask):
@@ -296,7 +296,7 @@ def select() -> Ops:
 
 
 def choices() -> list[Choice]:
-    """What `select` chose for the current device, with the reasons."""
+    """The choice of `select` for the current device, with the reasons."""
     return [*_select()[1], PROJECTIONS]
 
 
@@ -375,7 +375,7 @@ _UNIT = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def _probe(twins: _Twins, dtype: str, *, backward: bool = True) -> str | None:
-    """What is wrong with the fused twin on this device, or None. backward: whether it must have gradients.
+    """The fault of the fused twin on this device, or None. backward: whether it must have gradients.
 
     Both twins are held against the plain one in float64 on the same inputs; the fused one may be four times as far from
     it as the plain one, and a few units of rounding: kernels round at other places, and often less.

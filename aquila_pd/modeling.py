@@ -9,28 +9,29 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
-from paddlenlp.transformers import register_base_model
-from paddlenlp.transformers.model_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithCrossAttentions,
-    SequenceClassifierOutputWithPast,
-)
 
+from .architecture.labels import IGNORE_INDEX
 from .configuration import AquilaConfig
 from .fusion_ops import Ops, attention_with_weights, select
+from .model.classification import AquilaForSequenceClassification  # noqa: F401  one of the three Auto classes' models
 from .model.generation_mixin import AquilaGeneration
 from .model.kv_cache import KVCache
+from .model.outputs import as_tuple, cache_beside_loss
 from .model.pretrained import AquilaPretrainedModel
 from .ops.attention_mask import Mask, PackedMask, causal_mask, full_mask, hide_beyond, keep_mask, positions
 from .ops.fused_linear import product
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.rope import Angles, RotaryEmbedding
+from .runtime.base import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithCrossAttentions,
+    register_base_model,
+)
 from .runtime.malloc import keep_freed_memory
 from .utils.errors import AquilaError, only_in_the_package
 
-keep_freed_memory()  # who imports this module computes: the results of its operations are large, and soon free again
+keep_freed_memory()  # results of operations are large and soon free again, and pages from the system are slow
 
-IGNORE = -100  # a label that is not trained on
 HALF = (paddle.float16, paddle.bfloat16)
 
 
@@ -75,7 +76,7 @@ class Attention(nn.Layer):
         if output_attentions:  # only the plain twin has the weights
             if cache is not None:
                 k, v = cache.append(self.layer, k, v)  # [B, K, C, H], the mask hides what is beyond S
-            y, weights = attention_with_weights(q, k, v, mask.sees)  # [B, T, N, H]
+            y, weights = attention_with_weights(q, k, v, mask.allowed)  # [B, T, N, H]
         elif cache is not None:
             y, weights = cache.attend(self.layer, q, k, v, mask, self.ops.attention), None
         elif isinstance(mask, PackedMask):
@@ -214,10 +215,10 @@ class AquilaModel(AquilaPretrainedModel):
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
-        return output if return_dict else _as_tuple(output)
+        return output if return_dict else as_tuple(output)
 
     def _embedded(self, input_ids, inputs_embeds):
-        """What goes into the first layer, [B, T, D]."""
+        """Input of the first layer, [B, T, D]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise AquilaError("Give either input_ids or inputs_embeds, and not both.")
         weight = self.embed_tokens.weight
@@ -250,7 +251,7 @@ class AquilaModel(AquilaPretrainedModel):
     def _cache(self, past_key_values, use_cache: bool | None):
         """The cache to append to or None, and whether the caller speaks in tuples.
 
-        By default there is one outside of training, as the config says; nobody generates while training.
+        By default there is one outside of training, as the config says: training does not generate.
         """
         wanted = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if past_key_values is None:
@@ -258,17 +259,6 @@ class AquilaModel(AquilaPretrainedModel):
         if isinstance(past_key_values, KVCache):
             return past_key_values, False
         return KVCache.from_tuple(past_key_values, self.config.num_hidden_layers), True
-
-
-def _as_tuple(output: BaseModelOutputWithPast) -> tuple:
-    # By hand: ModelOutput.to_tuple() would walk into the cache.
-    values = (output.last_hidden_state, output.past_key_values, output.hidden_states, output.attentions)
-    return tuple(v for v in values if v is not None)
-
-
-def _unless_a_loss_is_wanted(use_cache: bool | None, labels) -> bool | None:
-    """No cache by default beside a loss: the Trainer's evaluation gathers all outputs and cannot gather a cache."""
-    return False if use_cache is None and labels is not None else use_cache
 
 
 def zero_or_nan(logits):
@@ -287,9 +277,9 @@ class AquilaPretrainingCriterion(nn.Layer):
         """logits [B, T, V], labels int [B, T] -> scalar."""
         V = logits.shape[-1]
         losses = F.cross_entropy(
-            logits.astype("float32").reshape([-1, V]), labels.reshape([-1]), reduction="none", ignore_index=IGNORE
+            logits.astype("float32").reshape([-1, V]), labels.reshape([-1]), reduction="none", ignore_index=IGNORE_INDEX
         )
-        valid = (labels != IGNORE).astype("float32").sum()
+        valid = (labels != IGNORE_INDEX).astype("float32").sum()
         return losses.sum() / valid.clip(min=1.0) + zero_or_nan(logits)
 
 
@@ -302,7 +292,7 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias_attr=False)
         self.criterion = AquilaPretrainingCriterion()
-        self._turned_head = ()  # after fuse_projections() on a CPU, for a tied head: the embedding as [D, V]
+        self._transposed_head = ()  # after fuse_projections() on a CPU, for a tied head: the embedding as [D, V]
 
     def get_output_embeddings(self):
         return None if self.config.tie_word_embeddings else self.lm_head
@@ -311,22 +301,22 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         super().fuse_projections()
         weight = self.aquila.embed_tokens.weight
         if self.config.tie_word_embeddings and weight.place.is_cpu_place() and weight.dtype == paddle.float32:
-            # MKL takes twice as long for a few rows with [V, D] turned: worth the memory of a second table.
+            # MKL takes twice as long for a few rows with [V, D] transposed: worth the memory of a second table.
             with paddle.no_grad():
-                self._turned_head = (weight.t().contiguous(),)
+                self._transposed_head = (weight.t().contiguous(),)
 
     def unfuse_projections(self) -> None:
         super().unfuse_projections()
-        self._turned_head = ()
+        self._transposed_head = ()
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         super().set_input_embeddings(value)
-        self._turned_head = ()
+        self._transposed_head = ()
 
     def logits(self, x):
         """[B, T, D] -> [B, T, V] in fp32, through the embedding itself when the head is tied."""
-        if self._turned_head and not paddle.is_grad_enabled():
-            return product(x, *self._turned_head)
+        if self._transposed_head and not paddle.is_grad_enabled():
+            return product(x, *self._transposed_head)
         if self.config.tie_word_embeddings:
             return paddle.matmul(x, self.aquila.embed_tokens.weight, transpose_y=True).astype("float32")
         return product(x, self.lm_head.weight).astype("float32")
@@ -338,10 +328,10 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         return linear_cross_entropy(x, weight, labels, transposed=tied, logits=logits, places=places)
 
     def _mean_loss(self, x, logits, labels):
-        """What the criterion gives, x [B, T, D]; but the gradients of the logits [B, T, V] are never there at once."""
+        """The criterion's loss of x [B, T, D], without the gradients of all logits [B, T, V] in memory at once."""
         flat = labels.reshape([-1])
-        learned = paddle.nonzero(flat != IGNORE).squeeze(1)  # [n]
-        # An adapter in the head, a loss of somebody's own, or products that autocast makes in half precision.
+        learned = paddle.nonzero(flat != IGNORE_INDEX).squeeze(1)  # [n]
+        # An adapter in the head, a custom criterion, or products that autocast makes in half precision.
         other = not self.config.tie_word_embeddings and type(self.lm_head) is not nn.Linear
         other = other or type(self.criterion) is not AquilaPretrainingCriterion or paddle.is_autocast_enabled()
         if other or learned.shape[0] == 0:
@@ -379,7 +369,7 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
             position_ids=position_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            use_cache=_unless_a_loss_is_wanted(use_cache, labels),
+            use_cache=cache_beside_loss(use_cache, labels),
             past_key_values=past_key_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -390,7 +380,7 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         logits = self.logits(x[:, -logits_to_keep:] if logits_to_keep else x)
         loss = None if labels is None else self._mean_loss(x, logits, labels)
         if not return_dict:
-            return (*(() if loss is None else (loss,)), logits, *_as_tuple(output)[1:])
+            return (*(() if loss is None else (loss,)), logits, *as_tuple(output)[1:])
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
@@ -407,85 +397,3 @@ class AquilaForCausalLM(AquilaGeneration, AquilaPretrainedModel):
         with only_in_the_package("predict()"):
             from aquila_pd.chat.predict import predict
         return predict(self, text, tokenizer, **options)
-
-
-class AquilaForSequenceClassification(AquilaPretrainedModel):
-    """The decoder with a linear score of the last real token."""
-
-    def __init__(self, config: AquilaConfig):
-        super().__init__(config)
-        self.aquila = AquilaModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias_attr=False)
-
-    def forward(
-        self,
-        input_ids=None,
-        position_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache: bool | None = None,
-        past_key_values=None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ):
-        """Scores [B, num_labels] in fp32, read at each row's last real token.
-
-        The last real token is found in the 2-D attention_mask, without one by the pad id.
-        labels: [B] class ids, [B] values for regression (num_labels 1), or [B, num_labels] floats for several
-        labels at once; config.problem_type decides, or the labels' shape and dtype when it is None.
-        """
-        return_dict = self.config.use_return_dict if return_dict is None else return_dict
-        output = self.aquila(
-            input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=_unless_a_loss_is_wanted(use_cache, labels),
-            past_key_values=past_key_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        last = self._last_token(input_ids, attention_mask, output.last_hidden_state)  # [B]
-        pooled = output.last_hidden_state[paddle.arange(last.shape[0]), last]  # [B, D]
-        logits = self.score(pooled).astype("float32")
-        loss = None if labels is None else self._loss(logits, labels)
-        if not return_dict:
-            return (*(() if loss is None else (loss,)), logits, *_as_tuple(output)[1:])
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-
-    def _last_token(self, input_ids, attention_mask, x):
-        """Index of the last real token of each row, [B]."""
-        B, T = x.shape[:2]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            real = attention_mask[:, -T:].astype("bool")
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        elif B == 1:
-            real = paddle.ones([B, T], dtype="bool")
-        else:
-            raise AquilaError(
-                "A batch of several rows needs an attention_mask or a pad_token_id in the config, "
-                "to know where each row ends."
-            )
-        return (paddle.arange(T).unsqueeze(0) * real.astype("int64")).argmax(axis=-1)
-
-    def _loss(self, logits, labels):
-        problem = self.config.problem_type
-        if problem is None:
-            whole = labels.dtype in (paddle.int64, paddle.int32)
-            several = "single_label_classification" if whole else "multi_label_classification"
-            problem = "regression" if logits.shape[-1] == 1 else several
-        if problem == "regression":
-            return F.mse_loss(logits.squeeze(-1) if logits.shape[-1] == 1 else logits, labels.astype("float32"))
-        if problem == "single_label_classification":
-            return F.cross_entropy(logits, labels)
-        return F.binary_cross_entropy_with_logits(logits, labels.astype("float32"))

@@ -15,16 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from paddlenlp.transformers import PretrainedTokenizer
-from paddlenlp.transformers.tokenizer_utils import ChatTemplate
-from paddlenlp.transformers.tokenizer_utils_base import (
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+from .runtime.base import (
     BatchEncoding,
+    ChatTemplate,
     PaddingStrategy,
+    PretrainedTokenizer,
     TruncationStrategy,
     to_py_obj,
 )
-from tokenizers import AddedToken, Encoding, Tokenizer
-
 from .tokenization.backend import is_byte_level
 from .tokenization.chat_mixin import ChatMixin
 from .tokenization.config import content_of, named_in, read_config, special_names

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..architecture.labels import IGNORE_INDEX
 from ..utils.errors import DataError
 from ..utils.files import read_object, sync, write_json
 from .best_fit import best_fit
@@ -37,7 +38,6 @@ log = logging.getLogger("aquila_pd")
 
 VERSION = 1  # of plans: another one when the same inputs give other packs
 WINDOW = 1 << 16  # samples that are fitted together
-IGNORED = -100  # the label of a place where nothing is learned
 MANIFEST, MEMBERS, PACKS = "plan.json", "members.bin", "packs.bin"
 PACK = np.dtype([("begin", "<i8"), ("end", "<i8"), ("tokens", "<i8"), ("targets", "<i8")])  # begin, end: of its members
 
@@ -178,14 +178,14 @@ def pack_arrays(samples: Samples, members: np.ndarray, length: int, *, pad_id: i
     """A pack as int64 arrays [length]: input_ids, labels, position_ids, segment_ids; see the drawing above."""
     arrays = {name: np.zeros(length, np.int64) for name in ("input_ids", "labels", "position_ids", "segment_ids")}
     arrays["input_ids"][:] = pad_id
-    arrays["labels"][:] = IGNORED
+    arrays["labels"][:] = IGNORE_INDEX
     begin = 0
     for segment, number in enumerate(members, start=1):
         ids, is_target = samples.sample(number)
         end = begin + len(ids)
         assert end <= length, "a plan of another length"
         arrays["input_ids"][begin:end] = ids
-        arrays["labels"][begin : end - 1] = np.where(is_target[1:], ids[1:], IGNORED)
+        arrays["labels"][begin : end - 1] = np.where(is_target[1:], ids[1:], IGNORE_INDEX)
         arrays["position_ids"][begin:end] = np.arange(len(ids))
         arrays["segment_ids"][begin:end] = segment
         begin = end

@@ -1,12 +1,12 @@
-"""Makes PaddleNLP's generate() mean what its callers think it means, for Aquila models.
+"""Overrides for PaddleNLP's generate(): masks, positions, stop ids and sampling options as Hugging Face has them.
 
 PaddleNLP's loops (greedy, sampling, beams) stay; what goes into them is put right here: masks, positions, caches,
 embeddings as input, ids of any integer type, several end tokens, temperature 0, and logits that are not numbers.
 """
 
 import paddle
-from paddlenlp.generation import LogitsProcessor
 
+from ..runtime.base import LogitsProcessor
 from ..utils.errors import GenerationError
 from .kv_cache import KVCache
 
@@ -199,7 +199,7 @@ def _check_settings(kwargs: dict, settings, config) -> None:
 
 
 def _strategy(kwargs: dict, settings) -> dict:
-    """decode_strategy from what people write: do_sample, num_beams, temperature 0."""
+    """decode_strategy from do_sample, num_beams and temperature 0."""
     kwargs = dict(kwargs)
     do_sample = kwargs.pop("do_sample", None)
     beams = kwargs.get("num_beams", settings.num_beams)

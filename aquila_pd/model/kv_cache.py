@@ -27,7 +27,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens held by every layer (S)."""
+        """Cached tokens of every layer (S)."""
         return self._lengths[-1]
 
     def reserve(self, more: int) -> int:
@@ -39,7 +39,7 @@ class KVCache:
         return self.capacity
 
     def append(self, layer: int, k, v):
-        """Add k, v [B, T, K, H]; returns the layer's buffers [B, K, C, H], zero beyond what is held."""
+        """Add k, v [B, T, K, H]; returns the layer's buffers [B, K, C, H], zero beyond the cached tokens."""
         start, end = self._lengths[layer], self._lengths[layer] + k.shape[1]
         if end > self.capacity:
             self.reserve(k.shape[1])
@@ -52,14 +52,14 @@ class KVCache:
         return self._keys[layer], self._values[layer]
 
     def attend(self, layer: int, q, k, v, mask, attention):
-        """Append k, v [B, T, K, H], then attention of q [B, T, N, H] over all that is held -> [B, T, N, H].
+        """Append k, v [B, T, K, H], then attention of q [B, T, N, H] over all cached tokens -> [B, T, N, H].
 
         The decoder asks its cache to attend, so that one of many sequences (generation/slots.py) can stand here.
         """
         return attention(q, *self.append(layer, k, v), mask)
 
     def reorder(self, index) -> None:
-        """Row b becomes the old row index[b]: what beam search does after each step."""
+        """Reorder rows for beam search: row b becomes the old row index[b]."""
         if self.length:
             self._keys = [paddle.index_select(k, index, axis=0) for k in self._keys]
             self._values = [paddle.index_select(v, index, axis=0) for v in self._values]
@@ -77,7 +77,7 @@ class KVCache:
         return cache
 
     def to_tuple(self) -> tuple:
-        """As PaddleNLP's tuple of (k, v), each [B, S, K, H]; empty when nothing is held."""
+        """As PaddleNLP's tuple of (k, v), each [B, S, K, H]; empty without cached tokens."""
         return tuple(self) if self.length else ()
 
     def __len__(self) -> int:

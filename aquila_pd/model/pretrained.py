@@ -13,16 +13,20 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle import nn
-from paddlenlp.generation import GenerationConfig
-from paddlenlp.transformers import PretrainedConfig, PretrainedModel
-from paddlenlp.transformers.conversion_utils import StateDictNameMapping
-from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 
 from ..architecture.weight_map import BASE_MODEL_PREFIX, weights
 from ..configuration import AquilaConfig
 from ..formats.mapped import empty
 from ..formats.safetensors import DEFAULT_SHARD_SIZE
 from ..ops.fused_linear import FusedLinear, fuse, unfuse
+from ..runtime.base import (
+    GenerationConfig,
+    PretrainedConfig,
+    PretrainedModel,
+    StateDictNameMapping,
+    dtype_guard,
+    no_init_weights,
+)
 from ..utils.errors import CheckpointError, ConfigError, OutputError, report
 from .weights_io import NEW_HEAD, PREFIX, SAFETENSORS, check_plain, dtype_of, give, load_weights, save_weights
 
@@ -43,7 +47,7 @@ LOADING_OPTIONS = CONFIG_OPTIONS | {
 
 
 class AquilaPretrainedModel(PretrainedModel):
-    """What every Aquila model on PaddleNLP shares."""
+    """Base class of the Aquila models on PaddleNLP."""
 
     config_class = AquilaConfig
     base_model_prefix = BASE_MODEL_PREFIX
@@ -323,7 +327,7 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _is_plain(folder: Path, config: AquilaConfig, options: dict) -> bool:
-    """Whether this is a local safetensors folder and nobody asked for a special way to load it."""
+    """Whether this is a local safetensors folder, to be loaded without special options."""
     return (
         any((folder / name).is_file() for name in SAFETENSORS)
         and not any(

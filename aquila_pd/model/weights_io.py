@@ -1,4 +1,4 @@
-"""Weights between the parameters of a model and a safetensors folder, one tensor at a time.
+"""Loading and saving a model's weights as safetensors, one tensor at a time.
 
 Loading checks every name and shape in the file headers first and then gives memory to parameters that have none yet:
 on a CPU the mapped file itself where it fits, else memory of their own that is read into, converting on the way.

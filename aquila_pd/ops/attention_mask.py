@@ -1,4 +1,4 @@
-"""Who may look at what: the one boolean mask attention takes, and the positions that follow from padding or packing.
+"""Attention masks: causal, padded, packed (block-diagonal); and the positions that follow from padding or packing.
 
 Letters in shapes: B batch, T query length, S key length.
 """
@@ -12,22 +12,22 @@ LOWEST = float(np.finfo(np.float32).min)
 
 
 class Mask:
-    """Who may look at whom, [B or 1, 1, T or 1, S], and the forms that attention takes it in, each made once.
+    """Attention mask [B or 1, 1, T or 1, S] in the forms that kernels take it in, each made once.
 
-    sees: boolean, or a function that makes it: not everybody asks. end: where nothing but causality hides keys, the
-    number of keys that are there: then query t of T sees the keys [0, end - T + t] and what lies behind is spare room.
+    allowed: boolean, or a function that makes it: not every kernel asks. end: where nothing but causality masks keys,
+    the number of keys; query t of T then attends to the keys [0, end - T + t], and the buffer behind is spare room.
     """
 
-    def __init__(self, sees, *, end: int | None = None):
-        self._sees, self.end = sees, end
+    def __init__(self, allowed, *, end: int | None = None):
+        self._allowed, self.end = allowed, end
         self._made: dict = {}
 
     @property
-    def sees(self):
-        """Boolean [B or 1, 1, T or 1, S], True where a query may look."""
-        if callable(self._sees):
-            self._sees = self._sees()
-        return self._sees
+    def allowed(self):
+        """Boolean [B or 1, 1, T or 1, S], True where a query attends to a key."""
+        if callable(self._allowed):
+            self._allowed = self._allowed()
+        return self._allowed
 
     @classmethod
     def of_chunk(cls, T: int, end: int, S: int) -> "Mask":
@@ -35,15 +35,19 @@ class Mask:
         return cls(lambda: paddle.arange(S) <= paddle.arange(end - T, end).reshape([1, 1, T, 1]), end=end)
 
     def bias(self, B: int, K: int, G: int):
-        """What is added to scores [B, K, G, S] of the one query there is: 0, or the lowest finite number.
+        """Additive mask for scores [B, K, G, S] of a single query: 0, or the lowest finite number.
 
-        Not -inf: a row with nothing to see gives a flat row, never NaN.
+        Not -inf: a row that is masked entirely gives a flat row, never NaN.
         """
-        return self._once(("bias", B, K, G), lambda: _spread(_bias(self.sees), B, K, G))
+        return self._once(("bias", B, K, G), lambda: _spread(_bias(self.allowed), B, K, G))
 
     def block_bias(self, B: int, K: int, G: int, first: int, last: int):
         """Likewise for scores [B, K, G*(last-first), S] of the queries [first, last). Not kept: it is large."""
-        rows = self.sees[:, :, first:last] if self.sees.shape[2] > 1 else self.sees.expand([-1, -1, last - first, -1])
+        rows = (
+            self.allowed[:, :, first:last]
+            if self.allowed.shape[2] > 1
+            else self.allowed.expand([-1, -1, last - first, -1])
+        )
         return _spread(_bias(rows), B, K, G)
 
     def triangle(self, B: int, K: int, G: int, T: int):
@@ -57,8 +61,8 @@ class Mask:
         return self._made[key]
 
 
-def _bias(sees):
-    return paddle.where(sees, paddle.zeros([]), paddle.full([], LOWEST))
+def _bias(allowed):
+    return paddle.where(allowed, paddle.zeros([]), paddle.full([], LOWEST))
 
 
 def _spread(bias, B: int, K: int, G: int):
@@ -68,10 +72,10 @@ def _spread(bias, B: int, K: int, G: int):
 
 
 def causal_mask(keep, T: int):
-    """The one boolean mask [B, 1, T, S] of T queries that stand at the end of S keys.
+    """Causal and padding mask, boolean [B, 1, T, S], of T queries that stand at the end of S keys.
 
-    keep: [B, S] bool, False at padding. A query sees the kept keys up to its own place, and always itself, so
-    that no row of the softmax is empty (pads included; nobody reads what they compute).
+    keep: [B, S] bool, False at padding. A query attends to the kept keys up to its own place, and always to itself, so
+    that no row of the softmax is empty (pads included; their outputs are not read).
 
         keys      p p a b c        p: padding
         query p   x . . . .
@@ -83,8 +87,8 @@ def causal_mask(keep, T: int):
     S = keep.shape[1]
     key = paddle.arange(S).unsqueeze(0)  # [1, S]
     query = paddle.arange(S - T, S).unsqueeze(1)  # [T, 1]
-    sees = keep.unsqueeze([1, 2]) & (key <= query)  # [B, 1, T, S]
-    return sees | (key == query)
+    allowed = keep.unsqueeze([1, 2]) & (key <= query)  # [B, 1, T, S]
+    return allowed | (key == query)
 
 
 def keep_mask(attention_mask, B: int, S: int):
@@ -100,11 +104,11 @@ def keep_mask(attention_mask, B: int, S: int):
 
 
 def full_mask(attention_mask, B: int, T: int, S: int):
-    """A mask of what each query may look at, [B or 1, 1, T, S] boolean, from a 3-D or 4-D one the caller gave.
+    """Boolean mask [B or 1, 1, T, S] from a caller's 3-D or 4-D one.
 
-    It is taken as final, as PaddleNLP means it: booleans or 1/0 of any dtype say where a query may look; numbers
-    below zero make it additive, 0 where it may look and at most -1e4 where not. A query that may look nowhere looks
-    everywhere: nobody reads such a row, and no kernel makes NaN of it.
+    It is taken as final, as PaddleNLP means it: booleans or 1/0 of any dtype say where a query attends; numbers
+    below zero make it additive, 0 where it attends and at most -1e4 where not. A row that is masked entirely attends
+    everywhere: such a row is not read, and no kernel makes NaN of it.
     """
     mask = attention_mask.unsqueeze(1) if attention_mask.ndim == 3 else attention_mask
     shape = list(mask.shape)
@@ -144,7 +148,7 @@ def positions(keep, T: int):
 
 
 class PackedMask:
-    """Who may look at whom in rows that hold several samples one after another, without a T x T mask.
+    """Block-diagonal causal mask of rows that hold several samples one after another, without a T x T mask.
 
     segment_ids: int [B, T], another number at each border; padding counts as a sample.
 
@@ -182,7 +186,7 @@ class PackedMask:
         return self.ends - self.starts
 
     def block(self, first: int, last: int):
-        """(low, mask) of the queries [first, last): keys before `low` nobody of them sees, nor any from `last` on.
+        """(low, mask) of the queries [first, last): no key before `low` is attended to, nor any from `last` on.
 
         mask: boolean [B, 1, last - first, last - low].
         """

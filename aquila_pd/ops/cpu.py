@@ -1,4 +1,4 @@
-"""The decoder's operations on a CPU, in forms that Paddle's CPU kernels are good at; plain twins are in fusion_ops.py.
+"""The decoder's operations in forms that Paddle's CPU kernels run fast; their plain twins are in fusion_ops.py.
 
 What they avoid, with the time of it beside that of what is done instead (benchmarks/RESULTS.md):
 - Broadcasting along an axis that is not the last: 5 ns a number, against 0.1 ns for two tensors of one shape.
@@ -68,7 +68,7 @@ def _per_row(rows, eps: float):
 
 
 class _RMSNorm(PyLayer):
-    """y = r x w with r = (mean(x^2) + eps)^-1/2 of each row, of which one thing is kept: x.
+    """y = r x w with r = (mean(x^2) + eps)^-1/2 of each row; only x is kept for the backward pass.
 
     dw = sum over rows of r x dy; dx = r w dy - r^3 x mean(x w dy). A number for each row and one for each column, as in
     r w, are multiplied first: a product of rank one takes less time than a broadcast.
@@ -106,11 +106,11 @@ def rope(q, k, angles: Angles):
 
 def _turn(x, angles: Angles):
     if x.stop_gradient or not paddle.is_grad_enabled():
-        return _turned(x, *angles.wide(x.shape[2]))
+        return _rotated(x, *angles.wide(x.shape[2]))
     return _Turn.apply(x, angles)
 
 
-def _turned(x, cos, sin, halves, sign: float = 1.0):
+def _rotated(x, cos, sin, halves, sign: float = 1.0):
     swapped = _C_ops.gather(_C_ops.reshape(x, [-1, x.shape[3] // 2]), halves, 0)
     swapped = _C_ops.multiply_(_C_ops.reshape(swapped, x.shape), sin)
     y = _C_ops.multiply(x, cos)
@@ -123,11 +123,11 @@ class _Turn(PyLayer):
     @staticmethod
     def forward(ctx, x, angles: Angles):
         ctx.angles = angles
-        return _turned(x, *angles.wide(x.shape[2]))
+        return _rotated(x, *angles.wide(x.shape[2]))
 
     @staticmethod
     def backward(ctx, upstream):
-        return _turned(upstream, *ctx.angles.wide(upstream.shape[2]), sign=-1.0)
+        return _rotated(upstream, *ctx.angles.wide(upstream.shape[2]), sign=-1.0)
 
 
 def swiglu(gate, up):

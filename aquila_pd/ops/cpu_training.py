@@ -1,4 +1,4 @@
-"""Attention of packed rows with its gradient by hand: between the two passes it keeps no scores.
+"""Packed (block-diagonal) attention for training on a CPU, with a hand-written gradient: no scores are kept.
 
 What autograd keeps of attention in plain operations are four copies of the scores; at 4096 tokens and 16 heads a layer
 that is 2 GB. Here scores are made again for a block of queries at a time, from what the layer keeps anyway and one
@@ -30,7 +30,7 @@ def packed_attention(q, k, v, mask: PackedMask):
 
 @dataclass(frozen=True)
 class _Tile:
-    """keys: the number of the block of keys. bias: what is added to scores, 0 or, where a query may not look, the
+    """keys: the number of the block of keys. bias: what is added to scores, 0 or, where a key is masked, the
     lowest number, [X, G * t, s], as a broadcast over heads is slow; None where all are seen by all."""
 
     keys: int
@@ -41,7 +41,7 @@ _made: WeakKeyDictionary = WeakKeyDictionary()  # PackedMask -> tiles: all layer
 
 
 def _tiles(mask: PackedMask, N: int, K: int) -> list[list[_Tile]]:
-    """For each block of queries the tiles in which somebody sees something."""
+    """For each block of queries, the key tiles that are not fully masked."""
     if mask not in _made:
         starts = mask.starts.numpy()  # [B, T]
         _made[mask] = [_tiles_of(first, starts, N, K) for first in range(0, starts.shape[1], BLOCK)]
@@ -54,10 +54,10 @@ def _tiles_of(first: int, starts: np.ndarray, N: int, K: int) -> list[_Tile]:
     queries, tiles = np.arange(first, first + t)[:, None], []
     for number in range(some.min() // BLOCK, first // BLOCK + 1):
         keys = np.arange(number * BLOCK, min((number + 1) * BLOCK, first + t))
-        sees = (keys >= some) & (keys <= queries)  # [B, t, s]
+        allowed = (keys >= some) & (keys <= queries)  # [B, t, s]
         bias = None
-        if not sees.all():
-            bias = np.where(sees, np.float32(0), np.float32(LOWEST))[:, None]
+        if not allowed.all():
+            bias = np.where(allowed, np.float32(0), np.float32(LOWEST))[:, None]
             bias = paddle.to_tensor(bias.repeat(N, axis=1).reshape(B * K, N // K * t, len(keys)))
         tiles.append(_Tile(number, bias))
     return tiles

@@ -1,4 +1,4 @@
-"""Matrix products of a model that only runs: projections of one input joined, and one row cut in parts.
+"""Fused QKV and gate/up linears for inference, and split-K products of a single row (GEMV) on a CPU.
 
 `state_dict` of a model shows the separate names (see pretrained.py), so a file never knows.
 """

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head without logits of all tokens: each block of rows goes from x to its gradients at once.
+"""Linear cross-entropy: loss of a language-model head in blocks of rows, without the logits of all tokens.
 
 With a vocabulary of 100,008 the logits of 4096 tokens are 1.6 GB, their softmax and its gradient as much again. Here a
 block of logits becomes its own gradient in place, gives its share to the gradients of x and of the weight, and is
@@ -19,7 +19,7 @@ BLOCK_BYTES = 256 * 2**20  # of float32 logits at a time; smaller blocks make sl
 
 
 def block_rows(vocab: int) -> int:
-    """How many rows of logits are held at a time."""
+    """Rows of logits in memory at a time."""
     return max(1, BLOCK_BYTES // (4 * vocab))
 
 
@@ -27,7 +27,7 @@ def linear_cross_entropy(x, weight, labels, *, transposed: bool = False, logits=
     """The sum of the cross-entropies of x @ weight, a float32 scalar.
 
     x [n, D]; weight [D, V], or transposed [V, D] (the table of embeddings of a tied head); labels int [n], each within
-    the vocabulary. logits [m, V]: where somebody has made them already, with places int [n], the row of each x; they
+    the vocabulary. logits [m, V]: those that exist already, with places int [n], the row of each x; they
     get no gradient.
 
     Products are in the weight's dtype, also under autocast; the softmax is in float32, and so is the sum of the
@@ -82,7 +82,7 @@ class _LinearCrossEntropy(PyLayer):
 
 
 def _blocks(x, weight, logits, places, transposed: bool):
-    """(logits in float32 [rows, V], that nobody else holds; which rows) for block after block, of about equal sizes."""
+    """(logits in float32 [rows, V], not shared; which rows) for block after block, of about equal sizes."""
     n, V = x.shape[0], weight.shape[0 if transposed else 1]
     count = -(-n // block_rows(V))
     step = -(-n // count)

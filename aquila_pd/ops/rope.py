@@ -1,4 +1,4 @@
-"""Angles of the rotary embedding, with linear and dynamic NTK scaling. Turning q and k by them is in fusion_ops.py.
+"""Rotary embedding (RoPE): cos and sin for positions, with scaling; q and k are rotated in fusion_ops.py.
 
 Letters in shapes: B batch, T query length, H head size.
 """

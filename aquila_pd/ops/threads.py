@@ -1,4 +1,4 @@
-"""How many threads Paddle's products take on a CPU, and work that several do at once.
+"""Intra-op threads of Paddle's CPU products, and work shared among Python threads.
 
 Paddle can set the number and not tell it, so it is set here. Its CPU kernels use one core for all but matrix products,
 and wait for each other after every one of these.
@@ -13,7 +13,7 @@ from itertools import pairwise
 import paddle
 
 _count = 1  # Paddle's own default
-_now = 1  # less than _count while somebody has asked for one
+_now = 1  # less than _count inside one()
 
 
 def use(count: int) -> None:
@@ -24,7 +24,7 @@ def use(count: int) -> None:
 
 
 def count() -> int:
-    """What use() was given last."""
+    """The number of threads use() was last called with."""
     return _count
 
 
@@ -75,7 +75,7 @@ def together(works: Sequence[Callable[[], object]]) -> list:
 
 @cache
 def _pool(size: int) -> ThreadPoolExecutor:
-    # A thread's own number of OpenMP threads is that of the machine until somebody says otherwise.
+    # A thread's own number of OpenMP threads is that of the machine until it is set.
     return ThreadPoolExecutor(size, "aquila_pd", initializer=lambda: paddle.base.core.set_num_threads(1))
 
 

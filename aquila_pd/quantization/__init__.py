@@ -1,1 +1,1 @@
-"""Weights stored in few bits inside a built model; files never know."""
+"""NF4 quantization of a built model; full-precision files are not affected."""

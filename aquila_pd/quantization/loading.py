@@ -1,4 +1,4 @@
-"""load_quantized(): a model's folder straight into NF4 layers, without ever holding the full weights."""
+"""load_quantized(): a model folder loaded into NF4 layers without the full-precision weights in memory."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""NF4Linear: a frozen projection kept in four bits, as a plain Paddle layer that runs wherever Paddle does.
+"""NF4Linear: a frozen linear with NF4 weights, as a plain Paddle layer without custom kernels.
 
 The weight is unpacked in strips when it is needed, in the dtype of the input, and again in the backward pass: neither
 direction holds more of it than one strip, and nothing is kept between the two. Packing is in nf4_values.py.

@@ -1,4 +1,4 @@
-"""The seven projections of a decoder layer by name: which there are, where they are in a model, how one is replaced."""
+"""The linear projections of a decoder layer by name: finding and replacing them in a model."""
 
 import difflib
 from collections.abc import Iterable

@@ -9,6 +9,7 @@ from ..formats.safetensors import INDEX, SINGLE, read_layout
 from ..generation import Engine
 from ..modeling import AquilaForCausalLM
 from ..ops import threads as thread_count
+from ..runtime import base
 from ..tokenizer import AquilaTokenizer
 from ..utils.errors import CheckpointError, ConfigError, shown_value
 from ..utils.files import read_object
@@ -90,9 +91,7 @@ def load(
 
 def quiet() -> None:
     """PaddleNLP says every file it reads; only what somebody should act on is left."""
-    from paddlenlp.utils.log import logger
-
-    logger.set_level("WARNING")
+    base.log_warnings_only()
 
 
 def use_threads(threads: int | None) -> None:

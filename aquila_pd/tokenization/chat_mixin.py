@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from paddlenlp.transformers.tokenizer_utils import ChatTemplate
-from paddlenlp.utils.log import logger
 from tokenizers import Tokenizer
 
+from ..runtime.base import ChatTemplate, logger
 from ..utils.errors import ChatError, ConfigError, TokenizerError, report, shown, shown_value
 from .chat_templates import TEMPLATES, Piece, Template, template_of_jinja
 from .config import CHAT_TEMPLATE_JSON, read_chat_template_json

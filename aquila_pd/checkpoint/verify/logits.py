@@ -206,11 +206,11 @@ def llama_config(source: Source):
 def paddle_logits(output: Path, ids: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] of the converted folder."""
     import paddle
-    from paddlenlp.utils.log import logger
 
     from ...modeling import AquilaForCausalLM
+    from ...runtime import base
 
-    logger.set_level("WARNING")
+    base.log_warnings_only()
     model = AquilaForCausalLM.from_pretrained(str(output), dtype="float32")
     model.eval()
     with paddle.no_grad():

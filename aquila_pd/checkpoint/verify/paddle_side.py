@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from paddlenlp.utils.log import logger
 
 from ...architecture.weight_map import EMBEDDING, FINAL_NORM, HEAD, L, Row
 from ...configuration import AquilaConfig
@@ -17,6 +16,7 @@ from ...modeling import DecoderLayer, RMSNorm
 from ...ops import threads
 from ...ops.attention_mask import Mask
 from ...ops.rope import Angles, RotaryEmbedding
+from ...runtime import base
 from ..io.pipeline import count_workers
 
 
@@ -25,7 +25,7 @@ class Ours:
 
     def __init__(self, folder: Path, held: Mapping[str, TensorInfo], length: int):
         threads.use(count_workers(None))
-        logger.set_level("WARNING")
+        base.log_warnings_only()
         self.config = AquilaConfig.from_pretrained(str(folder))
         self._held, self._ops = held, select()
         self._mask = Mask.of_chunk(length, length, length)

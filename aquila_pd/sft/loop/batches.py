@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...data.packing import IGNORED, Plan, pack_arrays
+from ...architecture.labels import IGNORE_INDEX
+from ...data.packing import Plan, pack_arrays
 from ...data.samples import Samples
 from ...utils.errors import DataError
 
@@ -99,7 +100,7 @@ class Packs:
         """A pack of padding alone: what a rank computes in a last step that has not enough packs for all."""
         arrays = {name: np.zeros(self.length, np.int64) for name in FIELDS}
         arrays["input_ids"][:] = self.pad_id
-        arrays["labels"][:] = IGNORED
+        arrays["labels"][:] = IGNORE_INDEX
         return arrays
 
 

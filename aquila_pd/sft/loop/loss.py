@@ -8,7 +8,8 @@ all there at once (ops/linear_cross_entropy.py).
 import paddle
 from paddle import nn
 
-from ...modeling import IGNORE, AquilaForCausalLM
+from ...architecture.labels import IGNORE_INDEX
+from ...modeling import AquilaForCausalLM
 from ...ops.attention_mask import PackedMask
 
 
@@ -42,7 +43,7 @@ class SummedLoss(nn.Layer):
             return_dict=True,
         ).last_hidden_state
         flat = labels.reshape([-1])
-        learned = paddle.nonzero(flat != IGNORE).squeeze(1)  # [labels]
+        learned = paddle.nonzero(flat != IGNORE_INDEX).squeeze(1)  # [labels]
         # 0 times the whole: every parameter is in the graph, also where nothing is learned, as other ranks expect
         nothing = x.astype("float32").sum() * 0.0
         if learned.shape[0] == 0:

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import paddle
 import paddle.distributed as dist
-from paddlenlp.trainer import Trainer, TrainerCallback, TrainingArguments
-from paddlenlp.trainer.trainer import TRAINER_STATE_NAME
 
 from ...data.epoch_order import derive_key
 from ...formats.safetensors import FLOATS
 from ...quantization.nf4 import dtype_name
+from ...runtime.base import TRAINER_STATE_NAME, Trainer, TrainerCallback, TrainingArguments
 from ...utils.errors import CheckpointError, TrainingError, report
 from ..logs.records import EvalRecord, StepRecord
 from ..logs.reporter import Reporter

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples_factory import write_samples
 
+from aquila_pd.architecture.labels import IGNORE_INDEX
 from aquila_pd.data import epoch_order as order
 from aquila_pd.data import packing
 from aquila_pd.data.best_fit import best_fit
 from aquila_pd.data.epoch_order import Permutation, draw, phases_of, times_seen
-from aquila_pd.data.packing import IGNORED, Plan, pack_arrays, plan_epoch
+from aquila_pd.data.packing import Plan, pack_arrays, plan_epoch
 from aquila_pd.data.samples import RECORD, Samples, SamplesWriter
 from aquila_pd.utils.errors import DataError
 
@@ -318,7 +319,7 @@ def test_a_pack_is_as_the_drawing_says(tmp_path):
             writer.add(np.array(ids), np.array([mark == "1" for mark in marks]), file=0, row=row + 1)
         writer.finish(["rows.jsonl"])
     arrays = pack_arrays(Samples.open(tmp_path / "samples"), np.array([0, 1, 2]), 12, pad_id=9)
-    x = IGNORED
+    x = IGNORE_INDEX
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "input_ids": [10, 11, 12, 13, 14, 20, 21, 22, 23, 30, 31, 9],
         "labels": [x, x, 13, 14, x, x, 22, 23, x, 31, x, x],
@@ -337,7 +338,7 @@ def test_no_label_crosses_samples_and_the_counts_are_the_labels(tmp_path_factory
     plan = plan_epoch(samples, length=40, seed=seed, epoch=0, folder=folder / "plans")
     for i in range(len(plan)):
         arrays = pack_arrays(samples, plan.members(i), 40)
-        learned = np.flatnonzero(arrays["labels"] != IGNORED)
+        learned = np.flatnonzero(arrays["labels"] != IGNORE_INDEX)
         assert len(learned) == plan.target_counts[i]
         segments = arrays["segment_ids"]
         assert (segments[learned] == segments[learned + 1]).all() if len(learned) else True

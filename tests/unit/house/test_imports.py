@@ -166,6 +166,44 @@ def test_no_module_imports_one_that_stands_on_it():
     assert broken_rules(ROOT / PACKAGE) == []
 
 
+# ---------------------------------------------------------------------------------------------- the base library
+
+BASE = "paddlenlp"
+
+
+def importers(package: Path) -> list[str]:
+    """The modules of the package that import the base library, at any depth of their code."""
+    found = []
+    for name, file in modules(package):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            else:
+                imported = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(path.split(".")[0] == BASE for path in imported):
+                found.append(name)
+    return sorted(set(found))
+
+
+def test_one_module_imports_the_base_library():
+    """A port to the library's successor is one file wide."""
+    assert importers(ROOT / PACKAGE) == ["runtime.base"]
+
+
+def test_control_another_importer_is_noticed(house):
+    (house / "checkpoint" / "layout.py").write_text("def later():\n    from paddlenlp.utils.log import logger\n")
+    (house / "modeling.py").write_text("import paddlenlp.transformers as library\n")
+    assert importers(house) == ["checkpoint.layout", "modeling"]
+
+
+def test_every_name_taken_from_the_base_library_is_there():
+    from aquila_pd.runtime import base
+
+    assert all(getattr(base, name) is not None for name in base.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'AutoModelOfTomorrow'"):
+        _ = base.AutoModelOfTomorrow
+
+
 # ----------------------------------------------------------------------------------------------- its controls
 
 

@@ -37,7 +37,7 @@ MASKS = {
     "padded": padded,
     "causal": lambda T, S: Mask.of_chunk(T, S, S),
     "room to spare": lambda T, S: Mask.of_chunk(T, S - 5, S),
-    "one row for all": lambda T, S: Mask(padded(T, S).sees[:, :, -1:]),
+    "one row for all": lambda T, S: Mask(padded(T, S).allowed[:, :, -1:]),
 }
 
 
@@ -55,7 +55,7 @@ def test_attention_equals_the_plain_twin_in_few_and_in_many_blocks(monkeypatch, 
 
 def test_control_a_mask_whose_end_is_off_by_one_is_noticed():
     q, k, v = inputs(16, 40)
-    right, wrong = Mask.of_chunk(16, 30, 40), Mask(Mask.of_chunk(16, 30, 40).sees, end=29)
+    right, wrong = Mask.of_chunk(16, 30, 40), Mask(Mask.of_chunk(16, 30, 40).allowed, end=29)
     with paddle.no_grad():
         expected = fusion_ops.attention(q, k, v, right).numpy()
         assert_close(cpu.attention(q, k, v, right), expected, 2e-6)

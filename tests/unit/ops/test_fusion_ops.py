@@ -55,8 +55,8 @@ def test_attention_in_query_blocks_equals_one_block(monkeypatch):
     expected = fusion_ops.attention(q, k, v, mask).numpy()
     monkeypatch.setattr(fusion_ops, "QUERY_BLOCK", 3)
     assert_close(fusion_ops.attention(q, k, v, mask), expected, 1e-6)
-    last = Mask(mask.sees[:, :, -1:])
-    assert_close(fusion_ops.attention(q, k, v, last), fusion_ops.attention_with_weights(q, k, v, last.sees)[0], 1e-6)
+    last = Mask(mask.allowed[:, :, -1:])
+    assert_close(fusion_ops.attention(q, k, v, last), fusion_ops.attention_with_weights(q, k, v, last.allowed)[0], 1e-6)
     no_mask = fusion_ops.attention_with_weights(q, k, v, None)[0].numpy()
     assert_close(fusion_ops.attention(q, k, v, None), no_mask, 1e-6)
 
@@ -70,7 +70,7 @@ def test_attention_equals_the_formula():
     for b in range(2):
         for head in range(6):
             scores = q[b, :, head] @ k[b, head // 3].T / np.sqrt(8)
-            scores = np.where(mask.sees[b, 0].numpy(), scores, -np.inf)
+            scores = np.where(mask.allowed[b, 0].numpy(), scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             expected = weights / weights.sum(-1, keepdims=True) @ v[b, head // 3]
             assert_close(found[b, :, head], expected, 1e-5, f"row {b}, head {head}")
