@@ -26,7 +26,7 @@ from aquila_pd.runtime.versions import VERSION
 
 MODULES = 37  # of the package, that a converted folder held beside its weights
 ROUNDING = 1e-5  # recorded to six digits; float32 sums in another order
-CURVE = 1e-3  # losses near 6 on another processor: Adam's first steps take a gradient's sign, also of one near zero
+CURVE = 1e-5  # losses near 6 on another processor; 2e-7 were measured with the oldest kernels of MKL
 SMALL = ("--max-shard-size", "8KB", "--workers", "1")
 
 # Word for word the published usage text; `path` is its one variable.
@@ -188,8 +188,9 @@ sys.path.insert(0, "")
 for module in {order}:
     __import__(module)
 import aquila_pd, modeling_aquila_pd, tokenizer_aquila_pd
-from paddlenlp.transformers import AutoConfig
+from paddlenlp.transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.from_pretrained(path)
+print("found", type(AutoModelForCausalLM.from_pretrained(path)).__module__)
 ids, logits = paddle.to_tensor([{ids}]), []
 for module in (aquila_pd, modeling_aquila_pd):
     model = module.AquilaForCausalLM.from_pretrained(path, config=config).eval()
@@ -212,8 +213,9 @@ def test_its_own_modules_serve_the_auto_classes_and_live_beside_the_package(made
     done = subprocess.run(command, cwd=made / "model", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [line.removeprefix("found ") for line in done.stdout.splitlines() if line.startswith("found ")]
-    together = ["aquila_pd.modeling", "modeling_aquila_pd", "True", "True", "True"]
-    assert found == ["modeling_aquila_pd tokenizer_aquila_pd", *together, *together], done.stdout
+    modules = ["aquila_pd.modeling", "modeling_aquila_pd"]
+    together = [[first, *modules, "True", "True", "True"] for first in modules]
+    assert found == ["modeling_aquila_pd tokenizer_aquila_pd", *together[0], *together[1]], done.stdout
 
 
 def test_its_manifest_is_that_of_every_file(made):
@@ -223,9 +225,8 @@ def test_its_manifest_is_that_of_every_file(made):
     assert outcome.status == 0 and f"{agree} files have the hashes" in outcome.out, outcome.message
 
 
-@pytest.mark.parametrize("level", ["content", "logits"])
-def test_verify_proves_it(made, level):
-    outcome = call("verify", "--torch", made / "source", "--paddle", made / "model", "--level", level)
+def test_verify_proves_it(made):
+    outcome = call("verify", "--torch", made / "source", "--paddle", made / "model")
     assert outcome.status == 0 and "Proven: " in outcome.out, outcome.message
 
 
@@ -268,6 +269,13 @@ def test_control_overwrite_spares_what_no_conversion_wrote(place, name):
 # -------------------------------------------------------------------------------------------- a stopped conversion
 
 
+def assert_resumed(outcome, count: str) -> None:
+    """The command went on behind so many shards of the old code's journal."""
+    assert "not the same now" not in outcome.err, f"journals have another fingerprint since:\n{outcome.err}"
+    assert outcome.status == 0, outcome.message
+    assert f"  resumed   {count} finished by an earlier run, hashes checked" in outcome.out, outcome.message
+
+
 def convert(place: Path, output: str = "out"):
     return call("convert", "--input", place / "source", "--output", place / output, *SMALL)
 
@@ -282,9 +290,7 @@ def finished(partial: Path) -> dict[Path, int]:
 def test_a_stopped_conversion_goes_on_behind_its_finished_shards(place, expected):
     before = finished(place / "out.partial")
     assert len(before) == 3, "three of five shards were finished"
-    outcome = convert(place)
-    assert outcome.status == 0, outcome.message
-    assert "  resumed   3 shards finished by an earlier run, hashes checked" in outcome.out, outcome.out
+    assert_resumed(convert(place), "3 shards")
     untouched([place / "out" / path.name for path in before], before)
     assert not (place / "out.partial").exists()
     old = {name: digest for name, digest in data_of(place / "out").items() if not name.startswith(f"{CODE}/")}
@@ -300,9 +306,8 @@ def test_control_a_changed_shard_is_not_believed(place, expected):
     content = shard.read_bytes()
     shard.write_bytes(content[:-4] + bytes(4))
     outcome = convert(place)
-    assert outcome.status == 0, outcome.message
-    assert f"  damaged   {shard.name}, finished by an earlier run, has another hash now" in outcome.out
-    assert "  resumed   2 shards" in outcome.out
+    assert f"  damaged   {shard.name}, finished by an earlier run, has another hash now" in outcome.out, outcome.message
+    assert_resumed(outcome, "2 shards")
     assert differing(data_of(place / "out"), expected["conversion"]) == []
 
 
@@ -333,9 +338,7 @@ def test_a_stopped_export_of_an_adapter_goes_on_behind_its_finished_shard(place,
     before = finished(place / "exported.partial")
     assert len(before) == 1
     argv = ["export", place / "adapter", "--base", place / "model", "--output", place / "exported", "--workers", 1]
-    outcome = call(*argv)
-    assert outcome.status == 0, outcome.message
-    assert "  resumed   1 shard finished by an earlier run, hashes checked" in outcome.out, outcome.out
+    assert_resumed(call(*argv), "1 shard")
     untouched([place / "exported" / path.name for path in before], before)
     assert differing(data_of(place / "exported"), expected["export"]) == [], "not the bytes that the old code wrote"
 
@@ -373,10 +376,10 @@ def assert_as_unstopped(run: Path, wanted: dict, *, is_exact: bool) -> None:
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_a_stopped_training_ends_as_it_would_have(place, expected, name):
     run = place / name / "run"
-    before = kept(records(run), name)
-    outcome = trained(place / name / "recipe.yaml")
-    assert "found prepared" in outcome.out, f"its rows were prepared again:\n{outcome.out}"
-    assert kept(records(run), name) == before, "steps before the checkpoint were trained again"
+    rows, log = factory.snapshot(run / "data"), kept(records(run), name)
+    trained(place / name / "recipe.yaml")
+    assert differing(factory.snapshot(run / "data"), rows) == [], "rows were prepared, or packs planned, again"
+    assert kept(records(run), name) == log, "steps before the checkpoint were trained again"
     assert_as_unstopped(run, expected["runs"][name], is_exact=is_made_here(expected))
 
 
