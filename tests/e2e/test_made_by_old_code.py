@@ -1,7 +1,8 @@
-"""What the code before the restructuring left on the disk: converted folders keep working, stopped work goes on.
+"""Backward compatibility with commit bd945b8, the last before the package was restructured: folders converted by it
+load, and conversions, trainings and exports that it was killed in resume.
 
-tests/fixtures/README.md tells how the files were made. Everything is unpacked to another place than it was made in, as
-if a user had moved it, with the times it had. Recorded numbers are exact on the kind of processor they were made on.
+tests/fixtures/README.md documents the archive. It is unpacked to another place than it was made in, as if a user had
+moved it, with its modification times. Recorded numbers are exact on the kind of processor they were made on.
 """
 
 import json
@@ -15,9 +16,10 @@ from pathlib import Path
 import checkpoint_factory as factory
 import numpy as np
 import pytest
-from converted_folder import WITHOUT_THE_PACKAGE, run
+from converted_folder import WITHOUT_THE_PACKAGE
 from fixtures.make import ARCHIVE, code, processor
 from paths import ROOT
+from safetensors.numpy import load_file, save_file
 from sft_command_factory import call, evaluations, records, refused, sft, trained, weights_of
 
 from aquila_pd.checkpoint.bundle import CODE, SHIMS
@@ -138,7 +140,7 @@ def test_the_package_computes_the_logits_that_the_old_code_did(made, expected):
 def test_control_one_other_weight_is_noticed(place, expected):
     weights = factory.load_folder(place / "model")
     weights["aquila.norm.weight"][0] += 0.1
-    factory.save_file(weights, place / "model" / "model.safetensors", {"format": "np"})
+    save_file(weights, place / "model" / "model.safetensors", {"format": "np"})
     with pytest.raises(AssertionError, match="are off by"):
         assert_logits(place / "model", expected["model"])
 
@@ -155,8 +157,17 @@ def test_the_package_reads_its_tokenizer_and_answers_as_the_old_code_did(made, e
         assert tokenizer.batch_decode(outputs[0], skip_special_tokens=True) == text
 
 
+def printed_by(*arguments: str, folder: Path) -> list[str]:
+    """Lines that a new interpreter prints, started in a folder; it imports this tree's package, if any."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_its_own_modules_run_the_published_usage_text_without_the_package(made, expected):
-    printed = run(WITHOUT_THE_PACKAGE + USAGE, made / "model").strip().splitlines()[-1]
+    *_, printed = printed_by(WITHOUT_THE_PACKAGE + USAGE, folder=made / "model")
     assert len(expected["model"]["texts"][0][0]) > 5 and printed == str(expected["model"]["texts"][0])
 
 
@@ -208,14 +219,11 @@ def test_its_own_modules_serve_the_auto_classes_and_live_beside_the_package(made
     known = {"prompt": expected["model"]["prompts"][0], "ids": expected["model"]["ids"][0]}
     texts = [WITHOUT_THE_PACKAGE + AUTO]
     texts += ["import paddle" + TOGETHER.format(order=order, **known) for order in orders]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", FORKS, *texts]
-    done = subprocess.run(command, cwd=made / "model", env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = [line.removeprefix("found ") for line in done.stdout.splitlines() if line.startswith("found ")]
+    lines = printed_by(FORKS, *texts, folder=made / "model")
+    found = [line.removeprefix("found ") for line in lines if line.startswith("found ")]
     modules = ["aquila_pd.modeling", "modeling_aquila_pd"]
     together = [[first, *modules, "True", "True", "True"] for first in modules]
-    assert found == ["modeling_aquila_pd tokenizer_aquila_pd", *together[0], *together[1]], done.stdout
+    assert found == ["modeling_aquila_pd tokenizer_aquila_pd", *together[0], *together[1]], lines
 
 
 def test_its_manifest_is_that_of_every_file(made):
@@ -270,8 +278,10 @@ def test_control_overwrite_spares_what_no_conversion_wrote(place, name):
 
 
 def assert_resumed(outcome, count: str) -> None:
-    """The command went on behind so many shards of the old code's journal."""
-    assert "not the same now" not in outcome.err, f"journals have another fingerprint since:\n{outcome.err}"
+    """The command resumed after so many shards of the old code's journal."""
+    assert "not the same now" not in outcome.err, (
+        f"the fingerprint of this conversion is no longer the one that the old code recorded:\n{outcome.err}"
+    )
     assert outcome.status == 0, outcome.message
     assert f"  resumed   {count} finished by an earlier run, hashes checked" in outcome.out, outcome.message
 
@@ -400,7 +410,7 @@ def test_control_another_checkpoint_ends_otherwise(place, expected):
     """Its hash is right, so it is believed; that its numbers are not those of the run has to show in the losses."""
     checkpoint = place / "lora" / "run" / "stages" / "one" / "checkpoints" / "step-00000002"
     [weights] = checkpoint.glob("weights-*.safetensors")
-    factory.save_file({k: 1.5 * v for k, v in factory.load_file(weights).items()}, weights, {"format": "np"})
+    save_file({k: 1.5 * v for k, v in load_file(weights).items()}, weights, {"format": "np"})
     rehash(checkpoint, weights)
     trained(place / "lora" / "recipe.yaml")
     with pytest.raises(AssertionError, match="losses"):
