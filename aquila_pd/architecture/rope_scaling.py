@@ -19,6 +19,7 @@ from .config_checks import MOST, is_number, is_whole
 
 UNSCALED = "default"  # transformers' spelling of "no scaling"
 SPELLINGS = ("type", "rope_type")  # of the key that names the type; transformers reads both, older programs the first
+PADDLENLP_DICT = "llama3"  # the type that PaddleNLP's own LLaMA reads from rope_scaling, and no other
 FACTOR, ORIGINAL = "factor", "original_max_position_embeddings"
 
 
@@ -126,10 +127,12 @@ class RopeScaling:
     @property
     def runs_on_paddlenlp(self) -> bool:
         """Whether PaddleNLP's own LLaMA computes this type as torch does."""
-        return self.type in (UNSCALED, "linear")
+        return self.type in (UNSCALED, "linear", PADDLENLP_DICT)
 
     def to_paddlenlp(self) -> dict:
-        """The keys that PaddleNLP's own LLaMA reads, of a type that it computes."""
+        """The keys that PaddleNLP's own LLaMA reads, of a type that it computes: two, or a dict for llama3."""
+        if self.type == PADDLENLP_DICT:
+            return {"rope_scaling_type": None, "rope_scaling_factor": 1.0, "rope_scaling": self.to_hf()}
         kind = None if self.type == UNSCALED else self.type
         return {"rope_scaling_type": kind, "rope_scaling_factor": self.factor}
 
