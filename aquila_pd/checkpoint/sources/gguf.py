@@ -140,7 +140,7 @@ class GGUFReader:
     def _read_divisors(self) -> list[str]:
         """Make rope_scaling out of rope_freqs.weight, where the file has it; returns a note about it."""
         name, theta, pairs = gguf_rope.DIVISORS, self.config["rope_theta"], self._pairs()
-        if name not in self.stored or pairs is None or config_checks.numbers(rope_theta=theta):
+        if name not in self.stored or not pairs or config_checks.numbers(rope_theta=theta):
             return []  # the family says what is wrong with the sizes
         shape, other = self.stored[name].shape, self.config.get("rope_scaling")
         if shape != (pairs,) or other:

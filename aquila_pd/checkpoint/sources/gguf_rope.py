@@ -72,6 +72,7 @@ def _check_contexts(factor: object, original: object, context: object) -> None:
         )
 
 
+@np.errstate(all="ignore")  # a damaged file may hold any number: none of them fits
 def scaling_of_divisors(divisors: np.ndarray, theta: float) -> dict | None:
     """rope_scaling with which the frequencies [H/2] are divided by these numbers; None when all are 1.
 
