@@ -7,8 +7,8 @@ from functools import cache
 
 from .architecture.config_checks import NEUTRAL
 from .architecture.config_checks import numbers as not_positive
-from .architecture.config_checks import rope_scaling as checked_rope_scaling
 from .architecture.config_checks import sizes as check_sizes
+from .architecture.rope_scaling import RopeScaling
 from .architecture.weight_map import Dims
 from .runtime.base import PretrainedConfig
 from .utils.errors import ConfigError, report
@@ -48,10 +48,12 @@ class AquilaConfig(PretrainedConfig):
         vocab_size: rows of the embedding and columns of the head.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: D, ff, layers, N.
         num_key_value_heads: K; None means one per query head.
-        max_position_embeddings: trained context length in tokens; dynamic NTK scaling starts beyond it.
+        max_position_embeddings: context length in tokens: the trained one with linear and dynamic scaling (dynamic
+            starts beyond it), the stretched one beside a rope_scaling with original_max_position_embeddings.
         rms_norm_eps: epsilon inside the root of RMSNorm. Aquila's checkpoints use 1e-5; the default is upstream's.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: None, or {"type": "linear" | "dynamic", "factor": float >= 1}.
+        rope_scaling: None, or {"type": "linear" | "dynamic" | "llama3" | "yarn", "factor": float >= 1} with the keys
+            that llama3 and yarn have beside these in Hugging Face's config.json. `rope` is its meaning.
         initializer_range: standard deviation of random weights.
         pad_token_id: its embedding row is used but gets no gradient from the embedding; None means no such row.
 
@@ -120,7 +122,8 @@ class AquilaConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
-        self.rope_scaling = checked_rope_scaling(rope_scaling, max_position_embeddings=max_position_embeddings)
+        self.rope_scaling = rope_scaling
+        self.rope_scaling = self.rope.to_config()  # one spelling, as config.json keeps it
         super().__init__(
             use_cache=use_cache,
             pad_token_id=pad_token_id,
@@ -153,6 +156,11 @@ class AquilaConfig(PretrainedConfig):
     def head_dim(self) -> int:
         """H, the size of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope(self) -> RopeScaling:
+        """How the rotary frequencies are made. Raises ConfigError for a rope_scaling that cannot be used."""
+        return RopeScaling.of(vars(self))
 
     @property
     def dims(self) -> Dims:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..architecture.rope_scaling import RopeScaling
 from ..utils.errors import printable
 from ..utils.progress import counted, megabytes
 from .plan import Plan
@@ -26,13 +27,13 @@ def describe(plan: Plan, output: Path) -> str:
 
 def describe_model(fields: Mapping) -> list[str]:
     """The architecture in two lines. fields: the family's reading of config.json."""
-    c = fields
+    c, rope = fields, RopeScaling.of(fields)
     heads = f"{c['num_attention_heads']}/{c['num_key_value_heads']} heads"
     return [
         f"  model     {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, {heads}, "
         f"intermediate {c['intermediate_size']}, vocabulary {c['vocab_size']}"
         + (", tied head" if c["tie_word_embeddings"] else ""),
-        f"  rotary    theta {c['rope_theta']:g}, {c['max_position_embeddings']} positions, {_scaling(c)}",
+        f"  rotary    theta {c['rope_theta']:g}, {c['max_position_embeddings']} positions, {rope.description}",
     ]
 
 
@@ -47,11 +48,6 @@ def describe_output(plan: Plan) -> list[tuple[str, str]]:
         ("dropped", f"{counted(len(names), 'tensor')}, {names[0]} first: {reason}")
         for reason, names in _by_reason(plan.dropped).items()
     ]
-
-
-def _scaling(fields: Mapping) -> str:
-    scaling = fields["rope_scaling"]
-    return f"scaling {scaling['type']} x{scaling['factor']:g}" if scaling else "no scaling"
 
 
 def describe_shards(plan: Plan) -> str:

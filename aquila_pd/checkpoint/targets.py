@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..architecture.families.base import COUNTS, paddle_config
+from ..architecture.rope_scaling import RopeScaling
 from ..architecture.weight_map import BASE_MODEL_PREFIX, HF_PREFIX, Weight, prefixed
 from ..utils.errors import ConfigError
 
@@ -49,12 +50,11 @@ def torch_config(model_type: str, architecture: str) -> Callable[[Mapping, str],
     def config(fields: Mapping, dtype: str) -> dict:
         # torch's side has no "dtype" key in the versions vLLM and llama.cpp read
         common = {key: value for key, value in paddle_config(fields, dtype).items() if key != "dtype"}
-        scaling = fields["rope_scaling"]
         return {
             **common,
             "architectures": [architecture],
             "model_type": model_type,
-            "rope_scaling": scaling and {**scaling, "rope_type": scaling["type"]},  # both spellings are read somewhere
+            "rope_scaling": RopeScaling.of(fields).to_hf(),
         }
 
     return config
@@ -62,10 +62,10 @@ def torch_config(model_type: str, architecture: str) -> Callable[[Mapping, str],
 
 def paddlenlp_llama_config(fields: Mapping, dtype: str) -> dict:
     """The config.json of PaddleNLP's own LLaMA, which spells rotary scaling in two keys. Raises ConfigError."""
-    scaling = fields["rope_scaling"] or {"type": None, "factor": 1.0}
-    if scaling["type"] not in (None, "linear"):
+    scaling = RopeScaling.of(fields)
+    if not scaling.runs_on_paddlenlp:
         raise ConfigError(
-            f"PaddleNLP's LLaMA does not compute rope_scaling {scaling['type']!r} as torch does. "
+            f"PaddleNLP's LLaMA does not compute rope_scaling {scaling.type!r} as torch does. "
             f"Use --architecture {BASE_MODEL_PREFIX}."
         )
     return {
@@ -73,8 +73,7 @@ def paddlenlp_llama_config(fields: Mapping, dtype: str) -> dict:
         "model_type": "llama",
         **{name: fields[name] for name in COUNTS},
         **{name: fields[name] for name in ("rms_norm_eps", "rope_theta", "initializer_range")},
-        "rope_scaling_type": scaling["type"],
-        "rope_scaling_factor": scaling["factor"],
+        **scaling.to_paddlenlp(),
         **{name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")},
         "use_cache": True,
         "dtype": dtype,

@@ -101,8 +101,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._added = 0
         self._half_done = False  # a step was left by an exception
-        stretches = bool(config.rope_scaling) and config.rope_scaling["type"] == "dynamic"
-        self._plain_rope = config.max_position_embeddings if stretches else math.inf
+        self._plain_rope = config.max_position_embeddings if config.rope.depends_on_length else math.inf
 
     # ----------------------------------------------------------------------------------------- what callers do
 
@@ -455,9 +454,8 @@ class Engine:
 
 
 def context_length(config) -> int:
-    """Tokens a model can look at: its trained positions, times the factor by which the rotary angles stretch them."""
-    scaling = config.rope_scaling
-    return int(config.max_position_embeddings * (scaling["factor"] if scaling else 1))
+    """Tokens a model can look at: its trained positions, as far as its RoPE scaling stretches them."""
+    return config.rope.context_length
 
 
 def common_length(a: list[int], b: list[int]) -> int:

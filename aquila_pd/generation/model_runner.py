@@ -67,7 +67,7 @@ class Runner:
     def _angles(self, spans: list[tuple[int, int, int]]) -> Angles:
         """Angles of T tokens; with dynamic scaling a function of each segment's own key length."""
         rotary = self.base.rotary
-        stretched = rotary.type == "dynamic" and any(keys > rotary.max_positions for _, _, keys in spans)
+        stretched = any(rotary.is_stretched(keys) for _, _, keys in spans)
         groups = [[span] for span in spans] if stretched else [spans]
         made = []
         for group in groups:

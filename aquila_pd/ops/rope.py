@@ -47,18 +47,10 @@ class Angles:
 
 
 class RotaryEmbedding:
-    """Angles of the rotary embedding: fp32 always, also in a half-precision model.
-
-    Linear scaling divides positions by the factor. Dynamic NTK stretches the base once the keys are longer than
-    max_position_embeddings; here it is a function of the key length alone, so a long input leaves no trace.
-    """
+    """cos and sin of positions: fp32 always, also in a half-precision model. RopeScaling has the frequencies."""
 
     def __init__(self, config: AquilaConfig):
-        self.head_dim = config.head_dim
-        self.base = config.rope_theta
-        self.max_positions = config.max_position_embeddings
-        scaling = config.rope_scaling or {"type": "none", "factor": 1.0}
-        self.type, self.factor = scaling["type"], scaling["factor"]
+        self.scaling = config.rope
         self._made = None, None  # the last frequencies and what for, so that a decoding step need not make them
 
     def __call__(self, position_ids, key_length) -> Angles:
@@ -66,34 +58,29 @@ class RotaryEmbedding:
 
         key_length: tokens of a row, or int [B, T] of each token's own sample where a row holds several.
         """
-        positions = position_ids.astype("float32")
-        if self.type == "linear":
-            positions = positions / self.factor
-        frequencies = self.inverse_frequencies if isinstance(key_length, int) else self.frequencies_of_samples
-        angles = positions.unsqueeze(-1) * frequencies(key_length)  # [B, T, H/2]
+        frequencies = self._frequencies if isinstance(key_length, int) else self._frequencies_of_samples
+        angles = position_ids.astype("float32").unsqueeze(-1) * frequencies(key_length)  # [B, T, H/2]
         angles = paddle.concat([angles, angles], axis=-1).unsqueeze(2)  # [B, T, 1, H]
-        return Angles(paddle.cos(angles), paddle.sin(angles))
+        cos, sin, factor = paddle.cos(angles), paddle.sin(angles), self.scaling.attention_factor
+        return Angles(cos, sin) if factor == 1 else Angles(cos * factor, sin * factor)
 
-    def frequencies_of_samples(self, lengths):
+    def is_stretched(self, key_length: int) -> bool:
+        """Whether sequences of this length have frequencies of their own."""
+        return self.scaling.depends_on_length and key_length > self.scaling.max_position_embeddings
+
+    def _frequencies_of_samples(self, lengths):
         """[B, T] lengths -> [B, T, H/2] where a sample may be long enough to stretch the base, else [H/2]."""
-        if self.type != "dynamic" or lengths.shape[1] <= self.max_positions:
-            return self.inverse_frequencies(0)
+        if not self.is_stretched(lengths.shape[1]):
+            return self._frequencies(0)
         found, which = np.unique(lengths.numpy(), return_inverse=True)
-        table = paddle.stack([self.inverse_frequencies(int(length)) for length in found])
+        table = paddle.stack([self._frequencies(int(length)) for length in found])
         return table[paddle.to_tensor(which.reshape(lengths.shape))]
 
-    def inverse_frequencies(self, key_length: int):
-        """1 / base ** (2i / H), float32 [H/2]."""
-        base, d = self.base, self.head_dim
-        if self.type == "dynamic" and key_length > self.max_positions:
-            stretch = self.factor * key_length / self.max_positions - (self.factor - 1)
-            base = base * stretch ** (d / (d - 2))
-        what_for = base, paddle.device.get_device()
+    def _frequencies(self, key_length: int):
+        """float32 [H/2] on the device."""
+        what_for = key_length if self.is_stretched(key_length) else 0, paddle.device.get_device()
         made_for, made = self._made
         if made_for != what_for:
-            exponents = np.arange(0, d, 2, dtype=np.float32) / np.float32(d)
-            # The power in double, rounded once: what a correctly rounded fp32 power gives.
-            powers = np.power(base, exponents.astype(np.float64)).astype(np.float32)
-            made = paddle.to_tensor(np.float32(1) / powers)
+            made = paddle.to_tensor(self.scaling.inverse_frequencies(key_length))
             self._made = what_for, made  # one assignment: threads with other lengths may do the same
         return made

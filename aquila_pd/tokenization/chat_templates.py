@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+from ..architecture.rope_scaling import scaling_type
 from ..utils.errors import ChatError, ConfigError, report, shown_value
 
 ROLES = ("system", "user", "assistant")
@@ -327,7 +328,6 @@ def template_by_sizes(fields: Mapping) -> Template | None:
     shape = tuple(map(fields.get, SHAPE))
     if "multiple_of" in fields:  # FlagAI's own format: the first generation
         return TEMPLATES["aquila-chat"] if shape == SHAPE_7B else None
-    scaling = fields.get("rope_scaling") or {}
-    if shape in (SHAPE_7B, SHAPE_34B) and scaling.get("type") == "linear":
+    if shape in (SHAPE_7B, SHAPE_34B) and scaling_type(fields) == "linear":
         return TEMPLATES["aquila"]
     return {SHAPE_34B: TEMPLATES["aquila-legacy"], SHAPE_70B: TEMPLATES["aquila-v2"]}.get(shape)

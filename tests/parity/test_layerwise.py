@@ -6,6 +6,7 @@ import checkpoint_factory as factory
 import numpy as np
 import pytest
 import verify_factory
+from twins import LLAMA3, YARN
 from verify_factory import MUTATIONS, Mutation
 
 from aquila_pd.architecture.weight_map import weights
@@ -48,6 +49,8 @@ def failing(proof: Proof) -> list[str]:
         {"tie_word_embeddings": True},
         {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 5e5},
         {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 40},
+        {"rope_scaling": LLAMA3, "rope_theta": 100.0},
+        {"rope_scaling": YARN, "rope_theta": 100.0},
     ],
     ids=lambda changes: ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is",
 )
@@ -169,6 +172,15 @@ def test_a_lost_dynamic_scaling_is_found_beyond_max_position_embeddings(tmp_path
     assert failing(numeric_part(torch, paddle)) == list(verify_factory.ATTENTION)
     within = np.arange(40)  # where the scaling does nothing yet
     assert failing(numeric_part(torch, paddle, within)) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "lost"), [(LLAMA3, {"low_freq_factor": 1.1}), (YARN, {"attention_factor": 1.0})], ids=["llama3", "yarn"]
+)
+def test_a_scaling_that_is_a_little_wrong_is_found(tmp_path, right, lost):
+    torch, paddle = verify_factory.both(tmp_path, rope_scaling=right, rope_theta=100.0)
+    Mutation("lost", (), None, (("rope_scaling", {**right, **lost}),)).apply(paddle)
+    assert failing(numeric_part(torch, paddle)) == list(verify_factory.ATTENTION)
 
 
 def test_an_error_in_how_the_layer_puts_its_halves_together_is_found(tmp_path, monkeypatch):

@@ -367,7 +367,7 @@ def test_huggingface_and_paddle_spellings_read_alike():
         (dict(hidden_act="gelu"), "gelu"),
         (dict(num_attention_heads=5), "num_attention_heads"),
         (dict(num_key_value_heads=3), "num_key_value_heads"),
-        (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "yarn"),
+        (dict(rope_scaling={"type": "longrope", "factor": 4.0}), "longrope"),
         (dict(vocab_size=0), "vocab_size"),
         (dict(num_hidden_layer=2), "unknown key num_hidden_layer"),
         (dict(rope_parameters={"rope_type": "linear", "factor": 4.0}), "unknown key rope_parameters"),

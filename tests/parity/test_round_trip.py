@@ -21,7 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from twins import BASE, assert_close, ids, paddle_model, torch_model
+from twins import BASE, LLAMA3, assert_close, ids, paddle_model, torch_model
 
 from aquila_pd import AquilaConfig
 from aquila_pd.architecture.families import FAMILIES
@@ -270,9 +270,10 @@ def paddlenlp_llama(**changes):
     [
         {},
         {"rope_scaling_type": "linear", "rope_scaling_factor": 4.0},
+        {"rope_theta": 100.0, "rope_scaling": {**LLAMA3, "rope_type": "llama3"}},
         {"tie_word_embeddings": True},
     ],
-    ids=["plain", "linear", "tied"],
+    ids=["plain", "linear", "llama3", "tied"],
 )
 def test_a_folder_saved_by_paddlenlps_own_llama_computes_the_same_in_torch(tmp_path, changes):
     model = paddlenlp_llama(**changes)
@@ -284,7 +285,7 @@ def test_a_folder_saved_by_paddlenlps_own_llama_computes_the_same_in_torch(tmp_p
         assert_close(found[::-1], paddle_logits(model, ids()), SEEN)
 
 
-@pytest.mark.parametrize("kind", ["gqa", "mha", "tied", "linear", "theta"])
+@pytest.mark.parametrize("kind", ["gqa", "mha", "tied", "linear", "theta", "llama3"])
 def test_paddlenlps_own_llama_loads_what_is_made_for_it(tmp_path, monkeypatch, kind):
     from paddlenlp.transformers import LlamaForCausalLM
     from paddlenlp.utils.log import logger

@@ -224,10 +224,10 @@ def test_family_option_reads_an_unknown_model_type(source, tmp_path):
 
 
 def test_unknown_rope_scaling_type(source, refused):
-    change_json(source / "config.json", rope_scaling={"type": "yarn", "factor": 4.0})
+    change_json(source / "config.json", rope_scaling={"type": "longrope", "factor": 4.0})
     message = refused()
-    assert "unknown type 'yarn'" in message
-    assert "linear, dynamic" in message
+    assert "unknown type 'longrope'" in message
+    assert "linear, dynamic, llama3, yarn" in message
 
 
 @pytest.mark.parametrize(

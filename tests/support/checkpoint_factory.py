@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import ml_dtypes
@@ -151,6 +152,43 @@ def add_gguf_tokenizer(writer, size: int) -> None:
     writer.add_token_merges(["a b"])
 
 
+def llama3_divisors(config: dict) -> list[float]:
+    """What llama3 divides each pair's frequency by, as llama.cpp's converter leaves it in rope_freqs.weight."""
+    said, size = config["rope_scaling"], config["hidden_size"] // config["num_attention_heads"]
+    low, high, context = (
+        said[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    found = []
+    for i in range(size // 2):
+        wavelength = 2 * math.pi * config["rope_theta"] ** (2 * i / size)
+        smooth = min(max((context / wavelength - low) / (high - low), 0), 1)
+        found.append(1 / ((1 - smooth) / said["factor"] + smooth))
+    return found
+
+
+def add_gguf_scaling(writer, config: dict) -> None:
+    """Rotary scaling as llama.cpp's converter writes it: a tensor for llama3, metadata for the others."""
+    import gguf
+
+    said = config["rope_scaling"]
+    if not said:
+        return
+    if said["type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", np.array(llama3_divisors(config), np.float32))
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(said["type"]))
+    writer.add_rope_scaling_factor(said["factor"])
+    if "original_max_position_embeddings" in said:
+        writer.add_rope_scaling_orig_ctx_len(said["original_max_position_embeddings"])
+    for key, add in {
+        "attention_factor": writer.add_rope_scaling_yarn_attn_factor,
+        "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
+        "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
+    }.items():
+        if key in said:
+            add(said[key])
+
+
 def write_gguf(path: Path, config: dict, tensors: dict[str, np.ndarray], *, kind: str = "F16") -> Path:
     """A GGUF file of the LLaMA architecture; matrices stored as `kind`, norms as F32."""
     import gguf
@@ -171,6 +209,7 @@ def write_gguf(path: Path, config: dict, tensors: dict[str, np.ndarray], *, kind
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     add_gguf_tokenizer(writer, config["vocab_size"])
+    add_gguf_scaling(writer, config)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     quantization = gguf.GGMLQuantizationType[kind]
     for name, tensor in tensors.items():

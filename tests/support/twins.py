@@ -24,6 +24,14 @@ BASE = dict(
     eos_token_id=100,
     tie_word_embeddings=False,
 )
+LLAMA3 = {
+    "type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 KINDS = {
     "mha": dict(num_key_value_heads=8),
     "gqa": {},
@@ -32,6 +40,9 @@ KINDS = {
     "theta": dict(rope_theta=500000.0),
     "linear": dict(rope_scaling={"type": "linear", "factor": 4.0}),
     "dynamic": dict(rope_scaling={"type": "dynamic", "factor": 2.0}),
+    # Heads of 8 whose four wavelengths, 6 to 199, lie on both sides of the original context.
+    "llama3": dict(num_attention_heads=4, rope_theta=100.0, max_position_embeddings=128, rope_scaling=LLAMA3),
+    "yarn": dict(num_attention_heads=4, rope_theta=100.0, max_position_embeddings=128, rope_scaling=YARN),
 }
 
 

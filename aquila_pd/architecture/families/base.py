@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from ...utils.errors import ConfigError, report
 from ...utils.files import shown, shown_value
 from .. import config_checks
+from ..rope_scaling import UNSCALED, RopeScaling
 from ..weight_map import Dims
 from .dialect import HUGGING_FACE, Dialect
 
@@ -72,9 +73,7 @@ class Family:
             advice = "\n".join(text for kind, text in ADVICE.items() if any(f.startswith(kind) for f in findings))
             raise ConfigError(report(f"config.json cannot be read as family {self.name}:", findings, advice))
         check_sizes(fields)
-        positions = fields["max_position_embeddings"]
-        scaling = config_checks.rope_scaling(fields["rope_scaling"], max_position_embeddings=positions)
-        return {**fields, "rope_scaling": scaling}
+        return {**fields, "rope_scaling": RopeScaling.of(fields).to_config()}
 
     def _not_neutral(self, config: Mapping, fields: dict) -> list[str]:
         if not _whole_sizes(fields):
@@ -106,7 +105,7 @@ def without_rope_parameters(config: Mapping) -> tuple[dict, list[str]]:
     moved = {key: new[key] for key in _MOVED_UP if new.get(key) is not None}
     scaling = {key: value for key, value in new.items() if key not in _MOVED_UP}
     if scaling:
-        unscaled = scaling.get("rope_type", scaling.get("type")) == config_checks.UNSCALED
+        unscaled = scaling.get("rope_type", scaling.get("type")) == UNSCALED
         moved["rope_scaling"] = None if unscaled and len(scaling) == 1 else scaling
     differing = [key for key, value in moved.items() if config.get(key) is not None and not _same(config[key], value)]
     findings = [

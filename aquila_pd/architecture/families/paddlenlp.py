@@ -1,12 +1,15 @@
 """PaddleNLP's own LLaMA: what its save_pretrained writes, and what we write with --architecture llama."""
 
+from ...utils.errors import ConfigError
+from ...utils.files import shown_value
+from ..rope_scaling import PADDLENLP_DICT
 from . import llama
 from .base import Family, always
 
 SCALING_TYPE, SCALING_FACTOR = "rope_scaling_type", "rope_scaling_factor"
 
 READ = {
-    **{key: field for key, field in llama.READ.items() if key != "rope_scaling"},
+    **llama.READ,
     SCALING_TYPE: SCALING_TYPE,
     SCALING_FACTOR: SCALING_FACTOR,
 }
@@ -45,9 +48,16 @@ IGNORED = {
 
 
 def complete(fields: dict) -> dict:
-    """Rotary scaling out of PaddleNLP's two keys; a type it computes otherwise than torch is left for the checks."""
-    kind = fields[SCALING_TYPE]
-    scaling = None if kind is None else {"type": kind, "factor": fields[SCALING_FACTOR]}
+    """Rotary scaling out of PaddleNLP's two keys, or of its dict for llama3; other types it computes otherwise than
+    torch are left for the checks. Raises ConfigError for a dict that PaddleNLP would not look at."""
+    kind, scaling = fields[SCALING_TYPE], fields["rope_scaling"]
+    if scaling is None:
+        scaling = None if kind is None else {"type": kind, "factor": fields[SCALING_FACTOR]}
+    elif kind is not None or not isinstance(scaling, dict) or scaling.get("rope_type") != PADDLENLP_DICT:
+        raise ConfigError(
+            f"rope_scaling is {shown_value(scaling)} and {SCALING_TYPE} {shown_value(kind)}. PaddleNLP's LLaMA "
+            f"reads rope_scaling with rope_type {PADDLENLP_DICT!r} only, and {SCALING_TYPE} for other types: keep one."
+        )
     return {**llama.complete(fields), "rope_scaling": scaling}
 
 

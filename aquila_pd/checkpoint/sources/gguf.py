@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ...architecture import config_checks
 from ...architecture.families.dialect import Dialect
 from ...formats import safetensors
 from ...formats.gguf import PRE_TOKENIZER, import_gguf, open_gguf, pre_tokenizer_note, read_value
 from ...utils.errors import CheckpointError, report
+from . import gguf_rope
 from .reader import ALL, Stored
 
 ARCHITECTURE = "llama"
@@ -52,7 +54,6 @@ CONFIG_KEYS = {
     "attention.value_length": "head_dim",
 }
 TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-SCALING_KEYS = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"}
 IGNORED = {
     "expert_count": 0,  # with this value; any other makes another architecture
     "expert_used_count": 0,
@@ -75,8 +76,9 @@ class GGUFReader:
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
         self.config = self._read_config(path)
         self.stored = self._survey(path)
+        self.notes = self._read_divisors()
         packed = sorted({stored.packed for stored in self.stored.values() if stored.packed})
-        self.notes = [f"quantized tensors ({', '.join(packed)}) are unpacked to float32"] if packed else []
+        self.notes += [f"quantized tensors ({', '.join(packed)}) are unpacked to float32"] if packed else []
         if "tokenizer.ggml.merges" in self._file.fields:
             note = pre_tokenizer_note(read_value(self._file, PRE_TOKENIZER, path))
             self.notes += [note] if note else []
@@ -135,6 +137,27 @@ class GGUFReader:
             return False
         return True
 
+    def _read_divisors(self) -> list[str]:
+        """Make rope_scaling out of rope_freqs.weight, where the file has it; returns a note about it."""
+        name, theta, pairs = gguf_rope.DIVISORS, self.config["rope_theta"], self._pairs()
+        if name not in self.stored or not pairs or config_checks.numbers(rope_theta=theta):
+            return []  # the family says what is wrong with the sizes
+        shape, other = self.stored[name].shape, self.config.get("rope_scaling")
+        if shape != (pairs,) or other:
+            beside = f"beside other rope scaling, {other!r}" if other else f"in a model of {pairs} pairs to a head"
+            raise CheckpointError(
+                f"{self._path} holds {name} {list(shape)} {beside}.\n"
+                "Known is one number for each pair of a head, and no other scaling."
+            )
+        self.config["rope_scaling"] = scaling = gguf_rope.scaling_of_divisors(self.read(name), theta)
+        del self.stored[name]
+        return [f"{name} is read as rope_scaling {scaling}"] if scaling else []
+
+    def _pairs(self) -> int | None:
+        """Half the size of a head, where the sizes make one."""
+        d, heads = self.config.get("hidden_size"), self.config.get("num_attention_heads")
+        return d // heads // 2 if all(config_checks.is_whole(n) and n > 0 for n in (d, heads)) else None
+
     def _value(self, key: str) -> object:
         """Metadata as Python has it; float32 as the shortest decimal that means it (1e-05, not 9.99999e-06)."""
         value = read_value(self._file, key, self._path)
@@ -168,15 +191,14 @@ class GGUFReader:
 def _translate(own: dict[str, object]) -> dict[str, object]:
     """Metadata in the words of config.json. What is not known keeps its GGUF name, and the family reports it."""
     config: dict[str, object] = {}
+    known = MEANINGLESS | gguf_rope.known_keys(own)
     for key, value in own.items():
-        if key in MEANINGLESS or key in SCALING_KEYS or (key in IGNORED and IGNORED[key] == value):
+        if key in known or (key in IGNORED and IGNORED[key] == value):
             continue
         name = CONFIG_KEYS.get(key, f"llama.{key}")
         if config.get(name, value) != value:  # three keys for the size of a head: they must agree
             name = f"llama.{key}"
         config[name] = value
-    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear"))
-    kind = own.get("rope.scaling.type", "linear" if factor not in (None, 0, 1) else "none")
-    if kind != "none":
-        config["rope_scaling"] = {"type": kind, "factor": factor}
+    if scaling := gguf_rope.read_scaling(own):
+        config["rope_scaling"] = scaling
     return config

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...architecture.rope_scaling import RopeScaling
 from ...utils.errors import ConfigError, InstallationError, VerificationError, report
 from ..sources import Source
 from .result import Verified
@@ -86,9 +87,9 @@ def verify_logits(
 
 def token_ids_for(fields: dict) -> tuple[np.ndarray, str]:
     """Fixed pseudo-random ids [B, T], long enough for rotary embedding to matter, and what to say of their length."""
-    positions, scaling = fields["max_position_embeddings"], fields["rope_scaling"]
+    positions = fields["max_position_embeddings"]
     length, about = min(LENGTH, positions), ""
-    if scaling and scaling["type"] == "dynamic":  # it does nothing up to max_position_embeddings
+    if RopeScaling.of(fields).depends_on_length:  # it does nothing up to max_position_embeddings
         if positions <= AFFORDABLE:
             length = positions + BEYOND
             about = f", on {length} positions, {BEYOND} beyond max_position_embeddings"
@@ -194,8 +195,7 @@ def llama_config(source: Source):
     if source.layout.kind == "gguf":
         with redirect_stderr(io.StringIO()):
             config = LlamaConfig(**modeling_gguf_pytorch_utils.load_gguf_checkpoint(str(source.path))["config"])
-        scaling = source.fields["rope_scaling"]  # which transformers leaves unread
-        config.rope_scaling = scaling and {"rope_type": scaling["type"], "factor": scaling["factor"]}
+        config.rope_scaling = RopeScaling.of(source.fields).to_hf()  # which transformers leaves unread
         return config
     if source.family.runs_as_llama:
         foreign = ("model_type", "auto_map", "quantization_config")

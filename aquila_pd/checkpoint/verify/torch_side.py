@@ -141,15 +141,12 @@ class Reference:
         blocks = (slice(r, r + step) for r in range(0, self._weights.rows(name), step))
         return torch.cat([x @ self._weights.part(name, b, rounded=self._rounded).double().T for b in blocks], dim=1)
 
-    def angles(self, length: int) -> torch.Tensor:
-        """[T, H/2], of every position the angle of each pair."""
-        config, scaling = self.config, self.config.rope_scaling or {}
-        kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor", 1.0)
-        base, size, trained = float(config.rope_theta), config.head_dim, config.max_position_embeddings
-        if kind == "dynamic" and length > trained:
-            base *= (factor * length / trained - (factor - 1)) ** (size / (size - 2))
-        positions = torch.arange(length, dtype=torch.float64) / (factor if kind == "linear" else 1.0)
-        return positions[:, None] * base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    def turns(self, length: int) -> torch.Tensor:
+        """complex [T, H/2], of every position what each pair is multiplied by; frequencies as transformers has them."""
+        init = LlamaRotaryEmbedding(self.config).rope_init_fn
+        frequencies, attention_factor = init(self.config, None, seq_len=length)
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies.double()
+        return torch.polar(torch.full_like(angles, attention_factor), angles)
 
 
 class ReferenceLayer:
@@ -168,8 +165,8 @@ class ReferenceLayer:
         x = torch.from_numpy(x)
         h = self._reference.rms_norm(x, self._prefix + "input_layernorm.weight")
         q, k, v = (self._linear(h, f"self_attn.{name}_proj").view(T, -1, H).transpose(0, 1) for name in "qkv")
-        angles = self._reference.angles(T)
-        q, k = _turn(q, angles), _turn(k, angles)  # [N, T, H], [K, T, H]
+        turns = self._reference.turns(T)
+        q, k = _turn(q, turns), _turn(k, turns)  # [N, T, H], [K, T, H]
         hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
         heads = []
         for n in range(N):  # one at a time: the scores of all take N T T numbers
@@ -188,10 +185,10 @@ class ReferenceLayer:
         return self._reference.linear(x, f"{self._prefix}{name}.weight")
 
 
-def _turn(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (i, i + H/2) of x [heads, T, H], taken for complex numbers, by angles [T, H/2]."""
+def _turn(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs (i, i + H/2) of x [heads, T, H], taken for complex numbers, by turns [T, H/2]."""
     half = x.shape[-1] // 2
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+    turned = torch.complex(x[..., :half], x[..., half:]) * turns
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 

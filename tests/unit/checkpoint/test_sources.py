@@ -288,7 +288,7 @@ def test_rope_parameters_may_repeat_the_older_keys():
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_scaling is {'type': 'linear', 'factor': 2.0}, but rope_parameters says None",
         ),
-        ({"rope_type": "yarn", "factor": 4.0}, {}, "unknown type 'yarn'"),
+        ({"rope_type": "longrope", "factor": 4.0}, {}, "unknown type 'longrope'"),
         ({"full_attention": {"rope_theta": 1e4}}, {}, "unknown key 'full_attention'"),
         ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, {}, "partial_rotary_factor = 0.5"),
         ([1e4], {}, "rope_parameters is [10000.0], not a mapping"),

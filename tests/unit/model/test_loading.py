@@ -229,7 +229,11 @@ def test_config_keywords_are_checked_like_the_file(folder, tokens):
     model = AquilaForCausalLM.from_pretrained(folder, rope_scaling={"rope_type": "linear", "factor": 4})
     assert model.config.rope_scaling == {"type": "linear", "factor": 4.0}
     assert bool(paddle.isfinite(model(tokens)[0]).all())
-    for wrong in (dict(rope_scaling={"type": "yarn", "factor": 2.0}), dict(rope_theta=0), dict(num_key_value_heads=3)):
+    for wrong in (
+        dict(rope_scaling={"type": "longrope", "factor": 2.0}),
+        dict(rope_theta=0),
+        dict(num_key_value_heads=3),
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             AquilaForCausalLM.from_pretrained(folder, **wrong)
 

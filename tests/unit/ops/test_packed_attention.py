@@ -73,10 +73,21 @@ def test_control_without_segments_the_samples_see_each_other():
     assert np.abs(right[first:-PADDING] - wrong[first:-PADDING]).max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic"])
-def test_scaled_rotary_counts_in_each_sample_for_itself(kind):
+BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 6}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": 2.0},
+        {"type": "dynamic", "factor": 2.0},
+        {"type": "llama3", "factor": 2.0, **BOUNDS},
+        {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 6},
+    ],
+    ids=lambda scaling: scaling["type"],
+)
+def test_scaled_rotary_counts_in_each_sample_for_itself(scaling):
     """With dynamic NTK a sample beyond max positions stretches its own base and nobody else's."""
-    scaling = {"type": kind, "factor": 2.0}
     made = model(rope_scaling=scaling, max_position_embeddings=12)
     samples, ids, segments = packed_row(np.random.default_rng(2), lengths=(5, 20, 4))
     logits = made(ids, segment_ids=segments, return_dict=True).logits.numpy()[0]
