@@ -20,6 +20,7 @@ from importlib import metadata
 
 from .runtime import mkl, versions
 from .runtime.versions import PINS, Pin, satisfies
+from .utils import cores
 
 BREAKING = ("breaks", "missing")  # verdicts that make the exit status 1
 GEMM_SIZE = 1024
@@ -168,8 +169,7 @@ def device_facts() -> dict[str, str]:
     """Where Paddle computes, and how fast its matrix product is there on the CPU."""
     import paddle
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    speeds = [f"{gemm_gflops(n):.0f} with {n} thread{'s' if n > 1 else ''}" for n in sorted({1, cores})]
+    speeds = [f"{gemm_gflops(n):.0f} with {n} thread{'s' if n > 1 else ''}" for n in sorted({1, cores.count()})]
     cuda = paddle.is_compiled_with_cuda()
     gpus = paddle.device.cuda.device_count() if cuda else 0
     found = {

@@ -16,7 +16,8 @@ from ..text.loading import Loaded, load
 from ..utils.command import run
 from ..utils.console import visible
 from ..utils.errors import GenerationError
-from ..utils.progress import SECONDS, counted
+from ..utils.progress import SECONDS
+from ..utils.units import counted
 from .options import add_loading, add_sampling, loading_of, max_new_tokens, sampling_of
 from .rows import Row, RowFile, check_output, encode_rows, in_order, result_of, rows_of_file, rows_of_prompts
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..utils.errors import printable
-from ..utils.progress import counted, megabytes
+from ..utils.units import counted, megabytes
 from .plan import Plan
 from .targets import TORCH
 

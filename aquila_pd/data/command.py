@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..utils.command import run
 from ..utils.errors import DataError, OutputError, shown
-from ..utils.progress import SECONDS, counted, duration
+from ..utils.progress import SECONDS
+from ..utils.units import counted, duration
 from .counters import Counters
 from .encoding import Encoder, encode_all
 from .options import add_model, add_overlong, add_rows, checked_length, lines_of, prompts_of, spec_of

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .safetensors import ALIGNMENT, DTYPES, TensorInfo
+from .dtypes import DTYPES
+from .safetensors import ALIGNMENT, TensorInfo
 
 BLOCK = 1 << 20  # bytes read at a time into a buffer that stays in the processor's cache
 PAGE = mmap.PAGESIZE

@@ -42,7 +42,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from ..formats.byte_level import LETTERS
 from ..runtime.versions import pin
+from ..utils import cores
 
 log = logging.getLogger("aquila_pd")
 
@@ -159,8 +161,7 @@ def threads() -> int:
     """One where TOKENIZERS_PARALLELISM says so, as in the library, else a few of the cores this process may use."""
     if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in NO:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_THREADS)
+    return min(cores.count(), MOST_THREADS)
 
 
 # ---------------------------------------------------------------------------------------------------- the twin
@@ -182,12 +183,12 @@ def build(backend: Tokenizer) -> Twin:
     check_model(model, size=backend.get_vocab_size(with_added_tokens=False))
     check_added([(token["content"], token["normalized"]) for token in added], added)
 
-    vocab, letters = model["vocab"], byte_letters()
+    vocab = model["vocab"]
     made = [left + right for left, right in model["merges"]]
     if len(set(made)) < len(made):
         raise NoTwin("a token that two pairs make")
-    tokens = [*letters, *alone_themselves(made, backend, letters)]
-    as_bytes = str.maketrans({letter: chr(byte) for letter, byte in letters.items()})
+    tokens = [*LETTERS, *alone_themselves(made, backend)]
+    as_bytes = str.maketrans({letter: chr(byte) for letter, byte in LETTERS.items()})
     ranks = {token.translate(as_bytes).encode("latin-1"): rank for rank, token in enumerate(tokens)}
     whole = {text: len(ranks) + n for n, text in enumerate([*(token["content"] for token in added), SEPARATOR])}
     ids = [*map(vocab.__getitem__, tokens), *(token["id"] for token in added), END]
@@ -240,7 +241,7 @@ def check_model(model: dict, *, size: int) -> None:
         raise NoTwin(f"a model with {' and '.join(more)}")
     if len(model["vocab"]) < size:  # written by id: of two tokens with one id, either is gone
         raise NoTwin("a vocabulary with one id for two tokens")
-    missing = [byte for letter, byte in byte_letters().items() if letter not in model["vocab"]]
+    missing = [byte for letter, byte in LETTERS.items() if letter not in model["vocab"]]
     if missing:  # with all of them there, nothing is unknown: unk_token and byte_fallback have nothing to do
         raise NoTwin(f"a vocabulary without {len(missing)} of the bytes, the first of them {missing[0]}")
 
@@ -269,18 +270,11 @@ def overlap(a: str, b: str) -> bool:
     return a in b or b in a or any(a.endswith(b[:n]) or b.endswith(a[:n]) for n in ends)
 
 
-def alone_themselves(made: list[str], backend: Tokenizer, letters: dict[str, int]) -> list[str]:
+def alone_themselves(made: list[str], backend: Tokenizer) -> list[str]:
     """The tokens that fulfil (2), in their order. One with a character that is no byte is never made."""
-    strange = set("".join(made)) - letters.keys()
+    strange = set("".join(made)) - LETTERS.keys()
     spellable = [token for token in made if strange.isdisjoint(token)]
     alone = Tokenizer(backend.model)  # the same model, with nothing around it
     counts = list(map(len, alone.encode_batch_fast(spellable, add_special_tokens=False)))
     backend.model._clear_cache()  # it remembers a number of words and forgets none: these would keep real ones out
     return [token for token, count in zip(spellable, counts, strict=True) if count == 1]
-
-
-def byte_letters() -> dict[str, int]:
-    """The letters that stand for bytes in a byte-level vocabulary: printable ones themselves, others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

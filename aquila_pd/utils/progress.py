@@ -3,26 +3,9 @@
 import sys
 import time
 
+from .units import counted, duration
+
 SECONDS = 10  # between lines of a run whose output goes to a file
-
-
-def counted(number: int, what: str) -> str:
-    """A number and its noun: 1 tensor, 1,234 tensors."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
-
-
-def megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 8 s, 3 min 5 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 class Progress:

@@ -15,7 +15,8 @@ from pathlib import Path
 from ...runtime.versions import VERSION
 from ...utils.errors import OutputError
 from ...utils.files import JSON_ERRORS, hash_file, write_json
-from ...utils.progress import Progress, counted
+from ...utils.progress import Progress
+from ...utils.units import counted
 from ..plan import Plan
 from ..sources import Source
 from .pipeline import in_order

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...formats.safetensors import DTYPES, FLOATS, Entry, Shard, write_shard
+from ...formats.dtypes import DTYPES, FLOATS
+from ...formats.safetensors import Entry, Shard, write_shard
 from ...utils.errors import CheckpointError, report
 from ...utils.files import sync
-from ...utils.progress import Progress, counted
+from ...utils.progress import Progress
+from ...utils.units import counted
 from ..plan import Plan
 from ..sources import Source
 from .journal import Finished, Journal

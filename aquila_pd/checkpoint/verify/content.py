@@ -14,7 +14,8 @@ import numpy as np
 
 from ...architecture.weight_map import Weight, weights
 from ...formats import safetensors
-from ...formats.safetensors import DTYPES, FLOATS, TensorInfo
+from ...formats.dtypes import DTYPES, FLOATS
+from ...formats.safetensors import TensorInfo
 from ...utils.errors import VerificationError, report
 from ...utils.progress import Progress
 from ..io.pipeline import buffer_size, in_order

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ...utils.errors import VerificationError, report
-from ...utils.progress import duration
+from ...utils.units import duration
 from .comparison import Sides
 from .drift import FACTOR, UNSOUND, Drift, DriftTotal, LogitDrift, LogitTotal, Pair, Place, drift, floor_for
 from .independent import recomputed

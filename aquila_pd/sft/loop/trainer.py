@@ -23,7 +23,7 @@ from paddlenlp.trainer import Trainer, TrainerCallback, TrainingArguments
 from paddlenlp.trainer.trainer import TRAINER_STATE_NAME
 
 from ...data.epoch_order import derive_key
-from ...formats.safetensors import FLOATS
+from ...formats.dtypes import FLOATS
 from ...quantization.nf4 import dtype_name
 from ...utils.errors import CheckpointError, TrainingError, report
 from ..logs.records import EvalRecord, StepRecord

@@ -17,12 +17,13 @@ from paths import SHARED
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from aquila_pd import AquilaTokenizer
+from aquila_pd.formats.byte_level import LETTERS
 from aquila_pd.tokenization import tiktoken as fast
-from aquila_pd.tokenization.tiktoken import FastIds, NoTwin, byte_letters
+from aquila_pd.tokenization.tiktoken import FastIds, NoTwin
+from aquila_pd.utils import cores
 from conftest import SEED
 
 FILES = SHARED / "tokenizer"
-LETTERS = byte_letters()
 LETTER_OF = {byte: letter for letter, byte in LETTERS.items()}
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
@@ -97,7 +98,7 @@ def aquila() -> AquilaTokenizer:
 @pytest.fixture
 def two_threads(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    monkeypatch.setattr(fast.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(cores, "count", lambda: 2)
     monkeypatch.setattr(fast, "SMALLEST_BLOCK", 50)
 
 
@@ -132,7 +133,7 @@ def test_lists_of_merges_that_tiktoken_would_read_otherwise_give_the_library_s_i
 
 def test_without_leaving_out_what_is_never_made_ids_differ(monkeypatch):
     """The control: what the proof asks for is needed."""
-    monkeypatch.setattr(fast, "alone_themselves", lambda made, backend, letters: made)
+    monkeypatch.setattr(fast, "alone_themselves", lambda made, backend: made)
     assert not every_text_agrees(backend_of(ODD[0]))
 
 
@@ -176,13 +177,6 @@ def test_any_list_of_merges_in_any_order_is_equal_or_refused(draws, draw):
     else:
         texts = all_texts("abc", 5) + ["".join(draw.choices("abc", k=130)) for _ in range(5)]  # long: tiktoken's heap
         assert rows(fast_ids(backend), texts) == library(backend, texts)
-
-
-def test_bytes_are_spelled_as_the_library_spells_them():
-    assert sorted(LETTERS) == sorted(pre_tokenizers.ByteLevel.alphabet())
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    for text in ["".join(map(chr, range(0x800))), "北🙂\U0010ffff"]:
-        assert whole.pre_tokenize_str(text)[0][0] == letters(text)
 
 
 def test_ids_that_follow_no_order_come_from_the_vocabulary():
@@ -339,7 +333,7 @@ def test_a_fork_after_use_and_threads_at_once_are_safe(aquila, two_threads):
     ("value", "count"), [("false", 1), ("0", 1), ("OFF", 1), ("", 1), ("true", 2), (None, 2)], ids=str
 )
 def test_threads_follow_the_library_s_variable(monkeypatch, value, count):
-    monkeypatch.setattr(fast.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(cores, "count", lambda: 2)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
     if value is not None:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
