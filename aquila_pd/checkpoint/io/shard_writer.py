@@ -58,13 +58,13 @@ def write_weights(source: Source, plan: Plan, journal: Journal, *, workers: int,
     buffers = Buffers(workers)
     tasks = (part for shard in waiting for part in _parts(source, plan, shard, buffers.nbytes))
     tensors = sum(len(shard.entries) for shard in waiting)
-    progress = Progress("write", total=sum(shard.nbytes for shard in waiting), tensors=tensors)
-    try:
-        with closing(in_order(lambda part: _make(source, plan, part, buffers), tasks, workers=workers)) as made:
-            for shard in waiting:
-                _write(shard, plan, made, buffers, progress, journal, fsync=fsync)
-    finally:
-        progress.close()
+    total = sum(shard.nbytes for shard in waiting)
+    with (
+        Progress("write", total=total, tensors=tensors) as progress,
+        closing(in_order(lambda part: _make(source, plan, part, buffers), tasks, workers=workers)) as made,
+    ):
+        for shard in waiting:
+            _write(shard, plan, made, buffers, progress, journal, fsync=fsync)
     return _findings(plan, journal)
 
 
