@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,7 @@ from .tokenization.config import content_of, named_in, read_config, special_name
 from .tokenization.load import build_bpe, load_backend, require_tokenizer
 from .tokenization.save import write_files
 from .tokenization.segments import PieceEncoder
-from .tokenization.tiktoken import FastIds
-from .utils.errors import TokenizerError, only_in_the_package
+from .utils.errors import InstallationError, TokenizerError, only_in_the_package
 from .utils.files import write_text
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -115,7 +115,8 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
         self.added_tokens_decoder = dict(sorted(self.backend.get_added_tokens_decoder().items()))
         self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
         self._pieces = PieceEncoder(self.backend)
-        self.fast_ids = FastIds(self.backend)
+        fast_ids = fast_ids_class()
+        self.fast_ids = fast_ids and fast_ids(self.backend)
         # A byte-level decoder takes letters such as é in an added token for bytes; these are decoded one by one.
         letters = self.added_tokens_decoder if is_byte_level(self.backend) else ()
         decoded = {i: self.backend.decode([i], skip_special_tokens=False) for i in letters}
@@ -344,7 +345,7 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
 
     def _ids_of(self, texts: list[str]) -> list[list[int]] | list[np.ndarray]:
         """The ids of each text, without those around it: int64 arrays where tiktoken made them, else lists."""
-        rows = None if self.split_special_tokens else self.fast_ids.rows(texts)
+        rows = self.fast_ids.rows(texts) if self.fast_ids and not self.split_special_tokens else None
         return [encoding.ids for encoding in self._encodings(texts, ids_only=True)] if rows is None else rows
 
     def _truncate(self, rows: list, limit: int) -> list:
@@ -434,6 +435,17 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
             else:
                 pieces.append(call_with_ids(self.backend.decode, list(run), skip_special_tokens))
         return pieces
+
+
+@cache
+def fast_ids_class() -> type | None:
+    """tiktoken's FastIds; None in a converted folder's copy of the code, where the library encodes everything."""
+    try:
+        with only_in_the_package("Encoding by tiktoken"):
+            from .tokenization.tiktoken import FastIds
+    except InstallationError:
+        return None
+    return FastIds
 
 
 def open_backend(

@@ -91,7 +91,7 @@ PINS = (
         "tiktoken",
         "==0.14.0",
         "0.14.0",
-        "encodes large batches; its splitting was compared with tokenizers' by character",
+        "encodes large batches and rows to train on; its splitting was compared with tokenizers' by character",
     ),
     Pin("ml_dtypes", ">=0.5.4", "0.5.4", "bfloat16 for numpy"),
     Pin("rich", ">=15,<16", "15.0.0", "draws progress and tables on a terminal"),

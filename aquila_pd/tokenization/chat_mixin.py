@@ -153,6 +153,9 @@ class ChatMixin:
         return Encoded(self._encodings([text], ids_only=True, backend=backend)[0].ids, [])
 
     def _encode_with_spans(self, backend: Tokenizer, text: str) -> Encoded:
+        found = self.fast_ids.encoded(text) if self.fast_ids and backend is self.backend else None
+        if found is not None:
+            return found
         backend = self._pieces.without_trimming() if backend is self.backend else backend
         (encoding,) = self._encodings([text], backend=backend)
         return Encoded(encoding.ids, in_pairs(encoding.offsets, text))

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import pickle
 import random
+import sys
 import threading
 
 import numpy as np
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from paths import SHARED
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from aquila_pd import AquilaTokenizer
+from aquila_pd import AquilaTokenizer, tokenizer
 from aquila_pd.formats.byte_level import LETTERS
 from aquila_pd.tokenization import tiktoken as fast
+from aquila_pd.tokenization.chat_templates import Piece
 from aquila_pd.tokenization.tiktoken import FastIds, NoTwin
 from aquila_pd.utils import cores
 from conftest import SEED
@@ -234,6 +236,31 @@ def test_text_of_every_class_of_character_is_cut_alike(name, texts):
     assert rows(TWINS[name], texts) == library(TRAINED[name], texts)
 
 
+def spans(ids: FastIds, texts: list[str]) -> list[tuple[list, list]]:
+    found = map(ids.encoded, texts)
+    return [(encoded.ids, encoded.spans) for encoded in found]
+
+
+def spans_by_the_library(backend: Tokenizer, texts: list[str]) -> list[tuple[list, list]]:
+    found = backend.encode_batch(texts, add_special_tokens=False)
+    return [(encoding.ids, encoding.offsets) for encoding in found]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(texts=texts_of_classes)
+def test_spans_are_those_of_the_library(name, texts):
+    assert spans(TWINS[name], texts) == spans_by_the_library(TRAINED[name], texts)
+
+
+def test_spans_counted_in_bytes_would_be_seen(monkeypatch):
+    """The control: without characters of several bytes any count of lengths would do."""
+    keep, twin, backend = fast.spans_in, TWINS["gpt-2"], TRAINED["gpt-2"]
+    monkeypatch.setattr(fast, "spans_in", lambda text, lengths: keep("x" * int(lengths.sum()), lengths))
+    assert spans(twin, ["plain"]) == spans_by_the_library(backend, ["plain"])
+    assert spans(twin, ["é"]) != spans_by_the_library(backend, ["é"])
+
+
 @pytest.mark.parametrize("part", [r"\s+(?!\S)|", r"'re|", r"(?![^\s\p{N}])"])
 def test_the_comparison_notices_a_pattern_with_a_part_missing(monkeypatch, part):
     cut = [(steps, pattern.replace(part, "")) for steps, pattern in fast.PATTERNS]
@@ -275,7 +302,7 @@ def test_aquila_gives_the_same_lists_and_arrays_with_and_without(aquila, two_thr
 
 def test_what_the_twin_cannot_take_is_left_to_the_library(aquila):
     for texts in (["a", fast.SEPARATOR], ["\ud800"], [" " * 1_000_001 + "a"]):
-        assert aquila.fast_ids.rows(texts) is None
+        assert aquila.fast_ids.rows(texts) is None and aquila.fast_ids.encoded(texts[-1]) is None
     ends = ["a\U0010fffe", "\U0010ffffb", "\U0010ffff", ""]  # halves of the separator beside it
     assert rows(aquila.fast_ids, ends) == library(aquila.backend, ends)
     with pytest.raises(Exception, match="surrogate"):
@@ -283,10 +310,39 @@ def test_what_the_twin_cannot_take_is_left_to_the_library(aquila):
     assert aquila([])["input_ids"] == [] and aquila([""])["input_ids"] == [[]]
 
 
+def test_a_conversation_has_the_same_ids_and_spans_with_and_without(aquila, monkeypatch):
+    plain = AquilaTokenizer(tokenizer_object=aquila.backend)
+    plain.fast_ids.refuse()
+    asked = []
+    keep = FastIds.encoded
+    monkeypatch.setattr(FastIds, "encoded", lambda ids, text: asked.append(keep(ids, text)) or asked[-1])
+    for text in [*samples(300), "北京 </s> 🙂", "", "half of a pair: \U0001f642"]:
+        pieces = [
+            Piece("Human: ", False, False),
+            Piece(text, False, True),
+            Piece("###Assistant: ", False, False),
+            Piece(text + "é", True, True),
+            Piece("</s>", True, False),
+        ]
+        assert aquila.encode_pieces_with_spans(pieces) == plain.encode_pieces_with_spans(pieces)
+    by_twin = [found for found in asked if found is not None]
+    assert len(by_twin) > 300 and any(100007 in found.ids for found in by_twin)
+
+
+def test_a_converted_folder_s_copy_goes_without_it(aquila, monkeypatch):
+    monkeypatch.setitem(sys.modules, fast.__name__, None)
+    monkeypatch.setattr(tokenizer, "fast_ids_class", tokenizer.fast_ids_class.__wrapped__)
+    alone = AquilaTokenizer(tokenizer_object=aquila.backend)
+    assert alone.fast_ids is None
+    assert alone(["a", "北京</s>"])["input_ids"] == aquila(["a", "北京</s>"])["input_ids"]
+    pieces = [Piece("北京 a</s>", True, False)]
+    assert alone.encode_pieces_with_spans(pieces) == aquila.encode_pieces_with_spans(pieces)
+
+
 def test_split_special_tokens_takes_the_library_s_way(aquila):
-    tokenizer = copy.copy(aquila)
-    tokenizer.split_special_tokens = True
-    assert 100007 not in tokenizer(["</s>"])["input_ids"][0]
+    splitting = copy.copy(aquila)
+    splitting.split_special_tokens = True
+    assert 100007 not in splitting(["</s>"])["input_ids"][0]
     assert aquila(["</s>"])["input_ids"] == [[100007]]
 
 
