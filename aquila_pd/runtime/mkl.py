@@ -120,8 +120,3 @@ def let_threads_sleep(environ: MutableMapping[str, str] = os.environ) -> None:
     """Have threads without work sleep soon, unless the user has said how they shall wait; before Paddle computes."""
     if WAIT_POLICY not in environ:
         environ.setdefault(BLOCKTIME, SHORT)
-
-
-def last_decision() -> Decision | None:
-    """The decision prefer_fast_kernels took in this process, or None when it has not run."""
-    return _last

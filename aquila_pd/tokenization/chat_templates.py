@@ -299,17 +299,8 @@ AQUILA_VOCABULARIES = range(100000, 145000)  # 100,008 rows; about 143,700 in th
 ZIYA_VOCABULARY = 39424  # LLaMA's 32,000 tokens and Chinese ones; no other model has this many
 
 
-def template_for(name: str, fields: Mapping) -> Template | None:
-    """The template a published model was tuned with: by its name, else by its sizes where these are certain.
-
-    name: of the folder, file or hub model; fields: the family's reading of config.json.
-    """
-    known, template = template_by_name(name)
-    return template if known else template_by_sizes(fields)
-
-
 def template_by_name(name: str) -> tuple[bool, Template | None]:
-    """Whether a name says what the model is, and its template; a base model has none."""
+    """Whether the name of a folder, file or hub model says what it is, and its template; a base model has none."""
     name = name.rstrip("/").rsplit("/", 1)[-1].replace("_", "-")
     found = next((template for pattern, template in BY_NAME if re.search(pattern, name, re.IGNORECASE)), "")
     return found != "", TEMPLATES[found] if found else None
@@ -318,6 +309,7 @@ def template_by_name(name: str) -> tuple[bool, Template | None]:
 def template_by_sizes(fields: Mapping) -> Template | None:
     """The template of the only chat model that has these sizes. The 7B sizes fit several, and tiny models none.
 
+    fields: the family's reading of config.json.
     A base model has the sizes of its chat model: a template is right or does no harm there.
     """
     if fields.get("vocab_size") == ZIYA_VOCABULARY:
