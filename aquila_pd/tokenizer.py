@@ -49,7 +49,7 @@ PLAIN_OPTIONS = frozenset(
 
 
 class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
-    """Byte-level BPE of the Aquila family, of any folder or GGUF file whose tokenizer is one, and SentencePiece models.
+    """Tokenizer of the Aquila family and of any folder or GGUF file with byte-level BPE or a SentencePiece model.
 
     vocab_file, merges_file, tokenizer_file, sentencepiece_file: the files of one folder; tokenizer_file
         (tokenizer.json) goes first, sentencepiece_file (tokenizer.model) last.
@@ -111,7 +111,7 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
             self.init_chat_template(config["chat_template"])
 
     def _note_added_tokens(self) -> None:
-        """Keep PaddleNLP's tables of added tokens in step with the backend, whose word is final."""
+        """Update PaddleNLP's tables of added tokens from the backend, which is authoritative."""
         self.added_tokens_decoder = dict(sorted(self.backend.get_added_tokens_decoder().items()))
         self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
         self._pieces = PieceEncoder(self.backend)
@@ -309,7 +309,7 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
         return encoded
 
     def _is_plain(self, options: dict) -> bool:
-        """Whether nothing is asked that only the base class's way offers."""
+        """Whether no option is set that only the base class supports."""
         rare = any(value and key not in PLAIN_OPTIONS for key, value in options.items())
         side_known = options.get("padding_side") in (None, "left", "right")
         inputs_known = set(self.model_input_names) <= {"input_ids", "attention_mask"}

@@ -1,4 +1,4 @@
-"""Safetensors folders, read and written without holding them in memory.
+"""Safetensors reader and writer for sharded folders: headers checked, tensors mapped, shards streamed.
 
 Knows files, headers and bytes. Which tensors a model consists of is not its business.
 """
@@ -75,7 +75,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Naming:
-    """File names of a checkpoint: in one piece, its index, and a pattern of its pieces."""
+    """File names of a checkpoint: single file, index, pattern of shards."""
 
     single: str
     index: str
@@ -277,7 +277,7 @@ def view(info: TensorInfo) -> np.ndarray:
 
 
 def map_bytes(file: Path, offset: int, nbytes: int) -> np.ndarray:
-    """Bytes [n] of a file as a read-only map of its own. Raises OSError when the file is shorter than it was."""
+    """Bytes [n] of a file as a separate read-only map. Raises OSError when the file became shorter."""
     try:
         return np.memmap(file, np.uint8, "r", offset, (nbytes,))
     except ValueError as error:
@@ -285,7 +285,7 @@ def map_bytes(file: Path, offset: int, nbytes: int) -> np.ndarray:
 
 
 def release(array: np.ndarray) -> None:
-    """Give back the memory of a mapped array; what is looked at again is read again. Others are left alone."""
+    """Drop the resident pages of a mapped array (MADV_DONTNEED); no effect on other arrays."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base

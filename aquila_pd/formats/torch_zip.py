@@ -1,4 +1,4 @@
-"""The zip that torch.save writes: its entries, checked, and where in the file each tensor lies.
+"""torch.save's zip container: validated entries, and dtype, strides and file offset of each tensor.
 
 NAME/data.pkl describes the tensors, NAME/data/KEY holds the numbers of one storage, NAME/byteorder says how. Nothing is
 compressed, so that every tensor can be mapped. What data.pkl says is read in formats/torch_pickle.py.
@@ -54,7 +54,7 @@ class Place:
 
 
 class _Sparing(io.FileIO):
-    """Refuses to read more at once than honest lists take: zipfile reads the list of entries whole, however long."""
+    """File with a limit on one read: zipfile reads the central directory whole, however long."""
 
     def read(self, size: int = -1) -> bytes:
         if size > MAX_BYTES:

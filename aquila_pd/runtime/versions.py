@@ -1,4 +1,4 @@
-"""Every package this project needs or was tested with: the version, the limits, and the reason. Standard library only.
+"""Dependency table: version range, tested version and reason of every package. Standard library only.
 
 setup.py makes its requirements from this table and `aquila-pd doctor` judges an installation by it. The packages
 these packages bring along are held at their tested versions by requirements/tested.txt, which `make venv` uses.
@@ -17,7 +17,7 @@ TEST_EXTRAS = ("verify", "gguf", "serve", "sft")  # what the test suite needs be
 
 @dataclass(frozen=True)
 class Pin:
-    """One package.
+    """A pinned package.
 
     spec: what pip is asked for ("" when pip is not to install it); tested: the version every test ran with.
     extra: "" when always installed, else the extra it belongs to. why: the reason in one line.

@@ -1,8 +1,8 @@
-"""Conversations for AquilaTokenizer: its chat template, and a conversation in pieces.
+"""Chat mixin of AquilaTokenizer: chat templates, conversations rendered to pieces and encoded.
 
 How templates look is in chat_templates.py, how pieces become ids in segments.py. A folder's Jinja text that is
-none of ours is used as it is: which of its text is somebody's words shows when others stand in for them. Headers that
-are plain text are not known there, and so not broken where somebody types them.
+none of ours is used as it is: rendering it with placeholders tells contents from scaffolding. Headers that
+are plain text are not known there, and so not broken where contents hold them.
 """
 
 import itertools
