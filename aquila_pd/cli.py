@@ -1,4 +1,4 @@
-"""`aquila-pd VERB ...`: finds the verb's module and hands over. Each verb parses its own arguments.
+"""Entry point `aquila-pd VERB ...`: dispatches to the verb's module, which parses its own arguments.
 
 Modules load only when their verb is asked for, so that the help costs nothing.
 """

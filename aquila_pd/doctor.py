@@ -1,4 +1,4 @@
-"""`aquila-pd doctor`: what is installed beside what was tested, what this machine computes with, what to do about it.
+"""`aquila-pd doctor`: installed versions against tested ones, device and kernels of this machine, and fixes.
 
 Facts are gathered first (`examine`), then printed or written as JSON; nothing is installed or changed. It works
 where Paddle is missing or does not load, which is when it is needed.
@@ -20,6 +20,7 @@ from importlib import metadata
 
 from .runtime import mkl, versions
 from .runtime.versions import PINS, Pin, satisfies
+from .utils import cores
 
 BREAKING = ("breaks", "missing")  # verdicts that make the exit status 1
 GEMM_SIZE = 1024
@@ -40,7 +41,7 @@ class PackageRow:
 
 @dataclass
 class Examination:
-    """All that doctor found."""
+    """Everything doctor reports."""
 
     packages: list[PackageRow]
     machine: dict[str, str] = field(default_factory=dict)
@@ -128,7 +129,7 @@ def judge_all(find: Callable[[str], str | None] = installed_version) -> list[Pac
 
 
 def try_import(name: str) -> str:
-    """Import a library, quietly: "yes" and the seconds it took, or "no" and the first line of the error."""
+    """Import a library with its output suppressed: "yes" and the seconds, or "no" and the error's first line."""
     start = time.perf_counter()
     logging.disable(logging.INFO)
     try:
@@ -168,8 +169,7 @@ def device_facts() -> dict[str, str]:
     """Where Paddle computes, and how fast its matrix product is there on the CPU."""
     import paddle
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    speeds = [f"{gemm_gflops(n):.0f} with {n} thread{'s' if n > 1 else ''}" for n in sorted({1, cores})]
+    speeds = [f"{gemm_gflops(n):.0f} with {n} thread{'s' if n > 1 else ''}" for n in sorted({1, cores.count()})]
     cuda = paddle.is_compiled_with_cuda()
     gpus = paddle.device.cuda.device_count() if cuda else 0
     found = {
@@ -199,7 +199,7 @@ def fusion_facts() -> list[dict[str, str]]:
 
 
 def examine(find: Callable[[str], str | None] = installed_version) -> Examination:
-    """Look at everything. Never raises for a broken installation: what fails to load becomes a problem."""
+    """Run all checks. Never raises for a broken installation: a failing import becomes a problem."""
     found = Examination(judge_all(find), processor_facts())  # the processor first: it must come before Paddle
     if find("paddlepaddle") is None and find("paddlepaddle-gpu") is None:
         return found

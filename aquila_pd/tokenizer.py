@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,7 @@ from .tokenization.config import content_of, named_in, read_config, special_name
 from .tokenization.load import build_bpe, load_backend, require_tokenizer
 from .tokenization.save import write_files
 from .tokenization.segments import PieceEncoder
-from .tokenization.tiktoken import FastIds
-from .utils.errors import TokenizerError, only_in_the_package
+from .utils.errors import InstallationError, TokenizerError, only_in_the_package
 from .utils.files import write_text
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -49,7 +49,7 @@ PLAIN_OPTIONS = frozenset(
 
 
 class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
-    """Byte-level BPE of the Aquila family, of any folder or GGUF file whose tokenizer is one, and SentencePiece models.
+    """Tokenizer of the Aquila family and of any folder or GGUF file with byte-level BPE or a SentencePiece model.
 
     vocab_file, merges_file, tokenizer_file, sentencepiece_file: the files of one folder; tokenizer_file
         (tokenizer.json) goes first, sentencepiece_file (tokenizer.model) last.
@@ -111,11 +111,12 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
             self.init_chat_template(config["chat_template"])
 
     def _note_added_tokens(self) -> None:
-        """Keep PaddleNLP's tables of added tokens in step with the backend, whose word is final."""
+        """Update PaddleNLP's tables of added tokens from the backend, which is authoritative."""
         self.added_tokens_decoder = dict(sorted(self.backend.get_added_tokens_decoder().items()))
         self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
         self._pieces = PieceEncoder(self.backend)
-        self.fast_ids = FastIds(self.backend)
+        fast_ids = fast_ids_class()
+        self.fast_ids = fast_ids and fast_ids(self.backend)
         # A byte-level decoder takes letters such as é in an added token for bytes; these are decoded one by one.
         letters = self.added_tokens_decoder if is_byte_level(self.backend) else ()
         decoded = {i: self.backend.decode([i], skip_special_tokens=False) for i in letters}
@@ -308,7 +309,7 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
         return encoded
 
     def _is_plain(self, options: dict) -> bool:
-        """Whether nothing is asked that only the base class's way offers."""
+        """Whether no option is set that only the base class supports."""
         rare = any(value and key not in PLAIN_OPTIONS for key, value in options.items())
         side_known = options.get("padding_side") in (None, "left", "right")
         inputs_known = set(self.model_input_names) <= {"input_ids", "attention_mask"}
@@ -344,7 +345,7 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
 
     def _ids_of(self, texts: list[str]) -> list[list[int]] | list[np.ndarray]:
         """The ids of each text, without those around it: int64 arrays where tiktoken made them, else lists."""
-        rows = None if self.split_special_tokens else self.fast_ids.rows(texts)
+        rows = self.fast_ids.rows(texts) if self.fast_ids and not self.split_special_tokens else None
         return [encoding.ids for encoding in self._encodings(texts, ids_only=True)] if rows is None else rows
 
     def _truncate(self, rows: list, limit: int) -> list:
@@ -434,6 +435,17 @@ class AquilaTokenizer(ChatMixin, PretrainedTokenizer):
             else:
                 pieces.append(call_with_ids(self.backend.decode, list(run), skip_special_tokens))
         return pieces
+
+
+@cache
+def fast_ids_class() -> type | None:
+    """tiktoken's FastIds; None in a converted folder's copy of the code, where the library encodes everything."""
+    try:
+        with only_in_the_package("Encoding by tiktoken"):
+            from .tokenization.tiktoken import FastIds
+    except InstallationError:
+        return None
+    return FastIds
 
 
 def open_backend(

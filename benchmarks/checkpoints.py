@@ -13,8 +13,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aquila_pd.architecture.weight_map import Dims, weights
-from aquila_pd.formats.safetensors import INDEX, TAGS, Entry, bits, index_of, parse_size, plan_shards, write_shard
+from aquila_pd.formats.dtypes import TAGS
+from aquila_pd.formats.safetensors import INDEX, Entry, bits, index_of, plan_shards, write_shard
 from aquila_pd.utils.files import write_json
+from aquila_pd.utils.units import parse_size
 
 SHAPES = {
     # hidden, intermediate, layers, heads, key/value heads, vocabulary

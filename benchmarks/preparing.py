@@ -1,13 +1,15 @@
-"""Preparing training data: padding left by packing, memory of preparing many rows.
+"""Preparing training data: padding left by packing, memory of preparing many rows, processor time by encoder.
 
 python benchmarks/preparing.py padding FILES --vocab FOLDER
 python benchmarks/preparing.py memory --rows 10000 1000000 --model FOLDER
+python benchmarks/preparing.py encoders FILES --vocab FOLDER
 """
 
 import argparse
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +65,36 @@ def memory(args: argparse.Namespace) -> None:
         )
 
 
+def encoders(args: argparse.Namespace) -> None:
+    """Processor seconds of preparing rows by the tokenizers library, and by tiktoken built beforehand, in turn."""
+    from aquila_pd.data.prepare import prepare
+    from aquila_pd.data.settings import DataSpec, Source
+    from aquila_pd.text.prompts import ChatPrompts
+    from aquila_pd.tokenizer import AquilaTokenizer
+
+    tokenizers = {name: AquilaTokenizer.from_pretrained(args.vocab) for name in ("library", "tiktoken")}
+    tokenizers["library"].fast_ids.refuse()
+    tokenizers["tiktoken"].fast_ids.build()
+    digests, ratios = set(), []
+    for _ in range(args.rounds):
+        seconds = {}
+        for name, tokenizer in tokenizers.items():
+            prompts = ChatPrompts(tokenizer, args.template)
+            with tempfile.TemporaryDirectory() as place:
+                rows = Path(place) / "rows.jsonl"
+                rows.write_text("".join(Path(file).read_text() for file in args.files) * args.copies)
+                spec = DataSpec(train=(Source((str(rows),)),), deduplicate="none")
+                begin = time.process_time()
+                made = prepare(spec, prompts, length=2048, seed=1, folder=Path(place) / "data", workers=1)
+                seconds[name] = time.process_time() - begin
+            digests.add(made.train["digest"])
+        ratios.append(seconds["tiktoken"] / seconds["library"])
+        print("  " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True)
+    assert len(digests) == 1, "the samples differ"
+    ratios.sort()
+    print(f"{made.train['rows']:,} rows: {ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True)
@@ -76,6 +108,13 @@ def main() -> None:
     rows.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
     rows.add_argument("--model", required=True, help="a converted folder, whose tokenizer is used")
     rows.set_defaults(do=memory)
+    by = kinds.add_parser("encoders")
+    by.add_argument("files", nargs="+")
+    by.add_argument("--vocab", required=True, help="folder of a tokenizer")
+    by.add_argument("--template", default="aquila-legacy")
+    by.add_argument("--copies", type=int, default=5, help="times that the files are read (default: 5)")
+    by.add_argument("--rounds", type=int, default=5)
+    by.set_defaults(do=encoders)
     args = parser.parse_args()
     args.do(args)
 

@@ -28,7 +28,7 @@ from ..checkpoint.targets import PADDLE, find_target
 from ..formats.safetensors import DEFAULT_SHARD_SIZE, INDEX, index_of, write_json
 from ..utils.errors import CheckpointError, ConfigError, OutputError, printable
 from ..utils.files import sync_tree
-from ..utils.progress import counted, megabytes
+from ..utils.units import counted, megabytes
 from .merged_source import MergedSource
 from .peft_files import CONFIG as ADAPTER_CONFIG
 from .peft_files import Adapter, check_fits, open_adapter

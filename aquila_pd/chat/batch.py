@@ -2,13 +2,10 @@
 
 import argparse
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ..generation import SamplingParams, Sequence
 from ..text.answer import Answer
@@ -16,7 +13,8 @@ from ..text.loading import Loaded, load
 from ..utils.command import run
 from ..utils.console import visible
 from ..utils.errors import GenerationError
-from ..utils.progress import SECONDS, counted
+from ..utils.progress import Bar, Timer
+from ..utils.units import counted, duration
 from .options import add_loading, add_sampling, loading_of, max_new_tokens, sampling_of
 from .rows import Row, RowFile, check_output, encode_rows, in_order, result_of, rows_of_file, rows_of_prompts
 
@@ -91,10 +89,12 @@ class Batch:
 
     def write(self, rows: list[Row], output: Path | None) -> int:
         """Results as JSONL, in the order of the rows. Returns the exit status."""
-        file, held, progress = RowFile(output), {}, Progress(len(rows))
+        with_bar = output is not None or not sys.stdout.isatty()
+        file, held, progress = RowFile(output), {}, Progress(len(rows), with_bar=with_bar)
         try:
-            for result in in_order(progress.watch(self.finished(rows)), held):
-                file.write(result)
+            with closing(progress.watch(self.finished(rows))) as finished:
+                for result in in_order(finished, held):
+                    file.write(result)
             file.finish()
         except BaseException as error:
             with suppress(OSError):  # a full disk, which was the reason
@@ -144,31 +144,42 @@ def _say(text: str) -> None:
 
 
 class Progress:
-    """Rows done, on stderr: a bar on a terminal, calm lines elsewhere, and what it came to at the end."""
+    """Rows done and tokens per second on stderr: a bar on a terminal, lines elsewhere, and a summary at the end.
 
-    def __init__(self, rows: int):
+    with_bar: False where the results themselves go to the terminal.
+    """
+
+    def __init__(self, rows: int, *, with_bar: bool):
         self.rows, self.done, self.tokens, self.failed = rows, 0, 0, 0
-        self._start = self._said = time.monotonic()
+        self._timer, self._bar = Timer(), Bar("rows", rows, draw=with_bar)
 
     def watch(self, finished: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
-        """The same, counted."""
-        with tqdm(total=self.rows, unit="row", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True) as bar:
+        """The same results, counted. To be closed."""
+        bar = self._bar
+        try:
+            bar.update(f"0 of {self.rows:,}")
             for number, result in finished:
                 self.done += 1
                 self.tokens += result["tokens"]
                 self.failed += "error" in result
-                bar.set_postfix_str(f"{self.rate:.1f} tokens/s", refresh=False)
-                bar.update()
-                if bar.disable and time.monotonic() - self._said >= SECONDS:
-                    self._said = time.monotonic()
-                    print(
-                        f"  {self.done:,} of {self.rows:,} rows, {self.rate:.1f} tokens/s", file=sys.stderr, flush=True
-                    )
+                bar.update(f"{self._words}, about {duration(self._left)} left", self.done)
+                if not bar.is_drawn and self._timer.due():
+                    print(f"  {self._words}", file=sys.stderr, flush=True)
                 yield number, result
+        finally:
+            bar.close()
+
+    @property
+    def _words(self) -> str:
+        return f"{self.done:,} of {self.rows:,} rows, {self.rate:.1f} tokens/s"
+
+    @property
+    def _left(self) -> float:
+        return self._timer.seconds / self.done * (self.rows - self.done)
 
     @property
     def rate(self) -> float:
-        return self.tokens / max(time.monotonic() - self._start, 1e-6)
+        return self.tokens / self._timer.seconds
 
     def end(self) -> None:
         failed = f", {self.failed:,} of them failed" if self.failed else ""

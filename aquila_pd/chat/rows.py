@@ -11,7 +11,7 @@ from pathlib import Path
 from ..text.loading import Loaded
 from ..utils.errors import AquilaError, ChatError, OutputError, TokenizerError, report, shown_value
 from ..utils.files import JSON_ERRORS, parse_json, why_not_a_file
-from ..utils.progress import counted
+from ..utils.units import counted
 
 WRITTEN = ("text", "finish_reason", "tokens", "prompt_tokens", "error")  # keys of results; none may come in a row
 

@@ -14,7 +14,7 @@ from ..text.loading import Loaded, load
 from ..utils.command import Stopped, run
 from ..utils.console import Screen, is_text, prepare_input
 from ..utils.errors import AquilaError, GenerationError
-from ..utils.progress import counted
+from ..utils.units import counted
 from .conversation import Conversation
 from .options import add_loading, add_sampling, loading_of, max_new_tokens, sampling_of
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..architecture.rope_scaling import RopeScaling
 from ..utils.errors import printable
-from ..utils.progress import counted, megabytes
+from ..utils.units import counted, megabytes
 from .plan import Plan
 from .targets import TORCH
 

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from ..utils.progress import duration
+from ..utils.units import duration
 from .io.pipeline import in_order
 from .io.stream_copy import move
 from .plan import Plan

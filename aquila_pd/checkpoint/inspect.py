@@ -5,10 +5,11 @@ import math
 from collections import Counter
 
 from ..architecture.families import AUTO, FAMILIES
-from ..formats.safetensors import DEFAULT_SHARD_SIZE, DTYPES, FLOATS
+from ..formats.dtypes import DTYPES, FLOATS
+from ..formats.safetensors import DEFAULT_SHARD_SIZE
 from ..utils.command import run
 from ..utils.errors import CheckpointError, printable, report, shown
-from ..utils.progress import counted, megabytes
+from ..utils.units import counted, megabytes
 from .describe import describe_model, describe_output
 from .hub import find_input
 from .io.manifest import MANIFEST, check_manifest

@@ -8,15 +8,17 @@ import numpy as np
 
 from ..architecture.weight_map import EMBEDDING, HEAD, Weight, weights, why_dropped
 from ..formats import safetensors as shards
+from ..formats.dtypes import FLOATS, NAMED
 from ..formats.safetensors import Entry, Shard
 from ..utils.errors import CheckpointError, ConfigError, report, shown_value
+from ..utils.units import parse_size
 from .chat_template import Recorded
 from .ids import GENERATION_CONFIG, generation_ids, reconcile, tokenizer_ids
 from .layout import read_json
 from .sources import Source
 from .targets import PADDLE, TORCH, Target
 
-TAGS = {name: tag for tag, name in shards.FLOATS.items() if tag != "F64"}  # Paddle models have no double precision
+TAGS = {name: tag for name, tag in NAMED.items() if tag != "F64"}  # Paddle models have no double precision
 AS_STORED = {**{tag: tag for tag in TAGS.values()}, "F64": "F32"}
 TIED_REASON = "the config ties the head to the embedding, and the two are equal"
 
@@ -95,7 +97,7 @@ def make_plan(
     """
     if dtype is not None and dtype not in TAGS:
         raise ConfigError(f"The dtype {dtype!r} is not known. Choose one of {', '.join(TAGS)}.")
-    limit = shards.parse_size(max_shard_size)
+    limit = parse_size(max_shard_size)
     _check_direction(source, target)
     wanted = weights(source.dims)
     dropped = _dropped(source)
@@ -205,4 +207,4 @@ def _main_dtype(entries: list[Entry]) -> str:
     counts: Counter = Counter()
     for entry in entries:
         counts[entry.dtype] += entry.nbytes
-    return shards.FLOATS[counts.most_common(1)[0][0]]
+    return FLOATS[counts.most_common(1)[0][0]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..formats.safetensors import write_json
 from ..utils.errors import ConfigError, OutputError
 from ..utils.files import hash_file
-from ..utils.progress import counted, megabytes
+from ..utils.units import counted, megabytes
 from .io.manifest import MANIFEST
 from .io.output import nearest_parent
 from .plan import Plan

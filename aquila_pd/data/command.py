@@ -3,7 +3,6 @@
 import argparse
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
@@ -11,7 +10,8 @@ from pathlib import Path
 
 from ..utils.command import run
 from ..utils.errors import DataError, OutputError, shown
-from ..utils.progress import SECONDS, counted, duration
+from ..utils.progress import Bar, Timer
+from ..utils.units import counted, duration
 from .counters import Counters
 from .encoding import Encoder, encode_all
 from .options import add_model, add_overlong, add_rows, checked_length, lines_of, prompts_of, spec_of
@@ -97,32 +97,28 @@ def _console():
 
 
 class _Waiting:
-    """How far it has come: a line that is written over on a terminal, one line every so often elsewhere; on stderr."""
+    """Progress of work of unknown size: a line on a terminal that is redrawn, lines at intervals elsewhere; on stderr.
+
+    A context manager; leaving removes the line.
+    """
 
     def __init__(self) -> None:
-        self._start = self._said = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-        self._shown = 0  # characters that stand on the terminal's line
+        self._timer, self._bar = Timer(), Bar("reading")
+
+    def __enter__(self) -> "_Waiting":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
     def __call__(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self._said < (0.2 if self._is_terminal else SECONDS):
-            return
-        self._said = now
-        if self._is_terminal:
-            print(f"\r  {text.ljust(self._shown)}", end="", file=sys.stderr, flush=True)
-            self._shown = len(text)
-        else:
+        self._bar.update(text)
+        if not self._bar.is_drawn and self._timer.due():
             _note(f"  {text}")
-
-    def end(self) -> None:
-        if self._shown:
-            print(f"\r  {' ' * self._shown}\r", end="", file=sys.stderr, flush=True)
-            self._shown = 0
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._start
+        return self._timer.seconds
 
 
 # ------------------------------------------------------------------------------------------------ stats
@@ -133,7 +129,7 @@ def show_stats(args: argparse.Namespace) -> None:
     if args.picture is not None and not args.picture.parent.is_dir():
         raise OutputError(f"{args.picture.parent} is no folder, so no picture can be written there.")
     prompts = prompts_of(args)
-    stats, waiting = Stats("characters" if prompts is None else "tokens"), _Waiting()
+    stats = Stats("characters" if prompts is None else "tokens")
     files = len(data_files(spec))
     rows = conversations(
         spec,
@@ -143,11 +139,10 @@ def show_stats(args: argparse.Namespace) -> None:
         note=_note,
         workers=readers_for(spec, args.workers),
     )
-    with closing(rows):
+    with closing(rows), _Waiting() as waiting:
         for number, (conversation, fitted) in enumerate(_fitted(rows, args, prompts, length), 1):
             stats.add(conversation, fitted)
             waiting(f"{counted(number, 'row')}, file {conversation.file + 1} of {files}")
-    waiting.end()
     _print_stats(stats)
     if args.picture is not None:
         draw_lengths(stats, args.picture, limit=length)
@@ -266,14 +261,8 @@ def make(args: argparse.Namespace) -> None:
         "writes": f"{args.output}, samples of up to {length:,} tokens, template {prompts.name}",
     }
     print("\n".join(lines_of(plan)), flush=True)
-    waiting = _Waiting()
 
-    def progress(done: Progress) -> None:
-        waiting(
-            f"{done.rows:,} rows, {done.samples:,} samples, {done.tokens:,} tokens, file {done.file} of {done.files}"
-        )
-
-    try:
+    with _Waiting() as waiting:
         summary = prepare(
             spec,
             prompts,
@@ -281,14 +270,16 @@ def make(args: argparse.Namespace) -> None:
             seed=args.seed,
             folder=args.output,
             workers=args.workers,
-            progress=progress,
+            progress=lambda done: waiting(_words(done)),
             note=_note,
         )
-    finally:
-        waiting.end()
     print("\n".join(f"  {line}" for line in summary.counters.lines()))
     how = "was there already, of the same inputs" if summary.is_reused else f"made in {duration(waiting.seconds)}"
     print(f"{args.output}: {_said(summary.train)}{_held_out(summary.held_out)}; {how}.")
+
+
+def _words(done: Progress) -> str:
+    return f"{done.rows:,} rows, {done.samples:,} samples, {done.tokens:,} tokens, file {done.file} of {done.files}"
 
 
 def _said(part: dict) -> str:

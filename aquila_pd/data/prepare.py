@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..runtime.versions import VERSION as PACKAGE_VERSION
-from ..text.loading import cores
 from ..text.prompts import ChatPrompts
+from ..utils import cores
 from ..utils.errors import ConfigError, DataError, OutputError, report
 from ..utils.files import read_object, write_json
 from .building import building
@@ -113,7 +113,7 @@ def workers_for(asked: int | None) -> int:
     """So many processes, by default one for each core. Raises ConfigError for a number that has no meaning."""
     if asked is not None and asked < 1:
         raise ConfigError(f"The number of workers is {asked}; it must be at least 1.")
-    return asked or min(cores(), MOST_WORKERS)
+    return asked or min(cores.count(), MOST_WORKERS)
 
 
 def readers_for(spec: DataSpec, workers: int | None) -> int:

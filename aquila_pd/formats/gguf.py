@@ -1,4 +1,4 @@
-"""GGUF files, parsed once for all who read from them: weights, configuration and tokenizer.
+"""GGUF header parser, shared by the readers of weights, configuration and tokenizer.
 
 The header is read here and nothing in it is believed: what is refused would have filled the memory, taken for ever, or
 been read as something else. The gguf package, which knows the quantizations, makes objects of a kilobyte for each value
@@ -75,21 +75,21 @@ class GGUFTensor:
 
 @dataclass
 class GGUFFile:
-    """A parsed header. fields: key of the metadata -> value; texts are bytes until somebody wants them (read_value)."""
+    """A parsed header. fields: key of the metadata -> value; texts stay bytes until read_value decodes them."""
 
     fields: dict[str, object] = field(default_factory=dict)
     tensors: list[GGUFTensor] = field(default_factory=list)
 
 
 class _Header:
-    """Goes through a GGUF file from its beginning; a ValueError where it is not what the format allows."""
+    """Sequential reader of a GGUF header; ValueError for anything that the format does not allow."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.place = data, 0
         self._values_left = MOST_VALUES
 
     def skip(self, count: int) -> int:
-        """Go on by so many bytes; return where they begin."""
+        """Advance by `count` bytes; return where they begin."""
         begin = self.place
         if count > len(self.data) - begin:
             raise ValueError(f"{count:,} bytes are due at byte {begin:,}, the file has {len(self.data):,}")
@@ -143,7 +143,7 @@ class _Header:
 
 
 def _parse(path: Path, gguf) -> GGUFFile:
-    """Read a header, in which every tensor has a place in the file for itself. Raises CheckpointError."""
+    """Parse a header and check that tensors do not overlap and lie in the file. Raises CheckpointError."""
     try:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = _Header(data)
@@ -228,7 +228,7 @@ def _misplaced(places: list[tuple[int, int, str]], size: int) -> list[str]:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """The header of a file, the same one for everybody as long as somebody holds it and the file is the same.
+    """The parsed header of a file, cached while it is referenced and the file is unchanged.
 
     Raises InstallationError without the gguf package, CheckpointError for a damaged file.
     """
@@ -243,7 +243,7 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 def read_value(file: GGUFFile, key: str, path: Path) -> object:
-    """The metadata under a key as Python has it, None when it is not there. Raises CheckpointError for undecodable."""
+    """The metadata under a key as a Python value, None if absent. Raises CheckpointError for undecodable text."""
     found = file.fields.get(key)
     try:
         if isinstance(found, bytes):
@@ -256,7 +256,7 @@ def read_value(file: GGUFFile, key: str, path: Path) -> object:
 
 
 def pre_tokenizer_note(pre: object) -> str | None:
-    """What the user should know of a file whose tokenizer.ggml.pre is `pre`."""
+    """A note for the user on a file whose tokenizer.ggml.pre is `pre`."""
     if pre not in UNNAMED:
         return None
     return f"the file does not name its pre-tokenizer ({PRE_TOKENIZER} is {pre!r}): text is split as gpt-2 does"

@@ -1,4 +1,4 @@
-"""Stored tensors as arrays of one's own: mapped from their file where they fit as they are, else read and converted.
+"""Stored tensors as writable arrays: a private (copy-on-write) memory map, or a converting read.
 
 Knows no model and no Paddle. `shards.view` is the other way to look at a tensor: read-only, for reading it once.
 """
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .safetensors import ALIGNMENT, DTYPES, TensorInfo
+from .dtypes import DTYPES
+from .safetensors import ALIGNMENT, TensorInfo
 
 BLOCK = 1 << 20  # bytes read at a time into a buffer that stays in the processor's cache
 PAGE = mmap.PAGESIZE
 
 
 class Maps:
-    """Tensors mapped from files, one map for each file, however many tensors it has.
+    """Private memory maps of tensors, one map per file.
 
     The maps are private: writing into an array copies the page written to and never reaches the file. A file that is
     replaced by renaming another one over it, or removed, lives on in its map. One that is rewritten in place or cut
@@ -28,7 +29,7 @@ class Maps:
 
     @staticmethod
     def fits(info: TensorInfo, dtype: np.dtype) -> bool:
-        """Whether the bytes of the file are the array: its dtype, and as well aligned as memory of one's own."""
+        """Whether the stored bytes can serve as the array: same dtype, and aligned."""
         # Windows does not let a mapped file be replaced, so a model could not be saved where it came from.
         possible = hasattr(mmap, "MAP_PRIVATE") and info.nbytes > 0
         return possible and DTYPES[info.dtype] == dtype and info.offset % ALIGNMENT == 0
@@ -45,12 +46,12 @@ class Maps:
 
 
 def touch(array: np.ndarray) -> None:
-    """Have every page of a mapped array read now, in order, and not at the first use, wherever that is."""
+    """Prefault a mapped array: read its pages now, in order, instead of at first use."""
     array.reshape(-1).view(np.uint8)[::PAGE].max()
 
 
 def read_into(info: TensorInfo, out: np.ndarray) -> None:
-    """Read a tensor into an array of its shape, block by block, converted to the array's dtype.
+    """Converting read: a tensor into an array of its shape, block by block, cast to the array's dtype.
 
     out may be part of a larger array, such as some columns of a matrix. Values beyond a smaller dtype become infinite.
     Raises OSError when the file is shorter than it was.
@@ -75,7 +76,7 @@ def read_into(info: TensorInfo, out: np.ndarray) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """New memory for weights, beginning on a page.
+    """Page-aligned memory for weights.
 
     In pages of the size the system chooses. numpy's own large arrays ask for huge ones, and in a virtual machine that
     gives free memory back to its host these took two to five times as long to come by as small ones.

@@ -1,4 +1,4 @@
-"""Safetensors folders, read and written without holding them in memory.
+"""Safetensors reader and writer for sharded folders: headers checked, tensors mapped, shards streamed.
 
 Knows files, headers and bytes. Which tensors a model consists of is not its business.
 """
@@ -15,38 +15,18 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
-from ..utils.errors import CheckpointError, ConfigError, report
+from ..utils.errors import CheckpointError, report
 from ..utils.files import JSON_ERRORS, lfs_pointer, parse_json, shown, shown_value, why_not_a_file, write_json
+from ..utils.units import parse_size
+from .dtypes import DTYPES, READ_AS, TAGS
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 SHARDS = "model-*-of-*.safetensors"
 DEFAULT_SHARD_SIZE = "5GB"
-LARGEST_SHARD = 10**15  # bytes; beyond is a slip of the finger
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # tag -> name in a config.json
-# Paddle has no numpy bfloat16: it keeps the bits in uint16 and tags files U16, the published release too. No weight
-# is ever a real uint16, so both ways U16 means BF16. This line pair is the only place that knows.
-READ_AS = {"U16": "BF16"}
-TAGS[np.dtype(np.uint16)] = "BF16"
 
 MAX_HEADER = 100_000_000  # bytes, of an index too; the limit of the safetensors library
 MAX_TENSORS = 100_000  # in a file; no model known here has a hundredth
@@ -95,7 +75,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Naming:
-    """File names of a checkpoint: in one piece, its index, and a pattern of its pieces."""
+    """File names of a checkpoint: single file, index, pattern of shards."""
 
     single: str
     index: str
@@ -297,7 +277,7 @@ def view(info: TensorInfo) -> np.ndarray:
 
 
 def map_bytes(file: Path, offset: int, nbytes: int) -> np.ndarray:
-    """Bytes [n] of a file as a read-only map of its own. Raises OSError when the file is shorter than it was."""
+    """Bytes [n] of a file as a separate read-only map. Raises OSError when the file became shorter."""
     try:
         return np.memmap(file, np.uint8, "r", offset, (nbytes,))
     except ValueError as error:
@@ -305,7 +285,7 @@ def map_bytes(file: Path, offset: int, nbytes: int) -> np.ndarray:
 
 
 def release(array: np.ndarray) -> None:
-    """Give back the memory of a mapped array; what is looked at again is read again. Others are left alone."""
+    """Drop the resident pages of a mapped array (MADV_DONTNEED); no effect on other arrays."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -314,15 +294,6 @@ def release(array: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- writing
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of "5GB" (decimal, as Hugging Face counts), "500MB", "2GiB" or a plain number. Raises ConfigError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMGT]?i?B)?)\s*", str(text), re.IGNORECASE)
-    unit = (match[2].upper() or "B") if match else ""
-    if unit not in UNITS or not 1 <= float(match[1]) * UNITS[unit] <= LARGEST_SHARD:
-        raise ConfigError(f"The size {text!r} cannot be read. Write a number and a unit, such as 5GB, 500MB or 2GiB.")
-    return int(float(match[1]) * UNITS[unit])
 
 
 def plan_shards(entries: Iterable[Entry], max_shard_size: int) -> list[Shard]:

@@ -1,4 +1,4 @@
-"""SentencePiece models (tokenizer.model): read, and made into a `tokenizers.Tokenizer` that gives the same ids.
+"""SentencePiece model (tokenizer.model): protobuf parser, and conversion to a `tokenizers.Tokenizer` of equal ids.
 
 What the files beside a model add to it - bos and eos around a text, more tokens -
 is tokenization/sentencepiece.py's subject.
@@ -43,7 +43,7 @@ FIXED = {EIGHT_BYTES: 8, FOUR_BYTES: 4}
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a tokenizer.model says; pieces, scores and types are in id order."""
+    """A parsed tokenizer.model; pieces, scores and types are in id order."""
 
     pieces: list[str]
     scores: list[float]
@@ -73,7 +73,7 @@ class SentencePieceModel:
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """A protobuf whole number, and the place behind it."""
+    """A protobuf varint, and the offset behind it."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:
@@ -192,7 +192,7 @@ def check_model(model: SentencePieceModel, path: Path) -> None:
 
 
 def damage_in(model: SentencePieceModel) -> list[str]:
-    """What no trainer writes, and what would take for ever."""
+    """Findings: values that no trainer writes, and sizes that would take unbounded time."""
     findings = []
     longest, letters = max(map(len, model.pieces)), sum(map(len, model.pieces))
     if longest > LONGEST_PIECE:
@@ -254,7 +254,7 @@ def merges_once(pieces: tuple[tuple[str, float], ...]) -> Merges:
 
 
 def merges_of(model: SentencePieceModel) -> Merges:
-    """The merges behind the pieces of a bpe model; asked for twice, by who builds it and by who doubts it."""
+    """The merges behind the pieces of a bpe model; cached, since build_backend() and doubts() both need them."""
     return merges_once(tuple(scores_of(model).items()))
 
 
@@ -293,7 +293,7 @@ def build_decoder(*, strip: int) -> decoders.Decoder:
 
 
 def doubts(model: SentencePieceModel) -> list[str]:
-    """What may be cut differently from sentencepiece, a sentence each; nothing for a model as its trainer left it."""
+    """Possible differences in segmentation from sentencepiece, a sentence each; none for a model as trained."""
     found = []
     if model.kind == BPE:
         merges, symbols = merges_of(model), set(model.of_type(USER_DEFINED))

@@ -1,4 +1,4 @@
-"""The merges behind the pieces of a SentencePiece model of kind bpe, in an order that gives the same ids.
+"""BPE merges recovered from the pieces and scores of a SentencePiece bpe model, ordered to give equal ids.
 
 sentencepiece keeps no merges: of all neighbours that together spell a piece it joins those with the best score, the
 leftmost of several. The tokenizers library joins by rank, and no two merges share one. So this module answers three
@@ -116,7 +116,7 @@ class _Ties:
 
 
 class _Line:
-    """Tied pieces in line, each behind those it has to wait for.
+    """Topological order of tied pieces: each behind those it depends on.
 
     starting: C -> the pieces made of C and something. missing: C -> the pieces that all these wait for.
     """

@@ -1,4 +1,4 @@
-"""What a pickle of tensors says, read without running it.
+"""Restricted unpickler for tensor pickles: interprets opcodes, never imports or calls foreign code.
 
 A pickle is a program. The machine here knows the few operations that torch.save writes and has a plain record for each
 of their results: it never calls, imports or looks up anything that the file names. Where the bytes of a tensor lie is
@@ -62,7 +62,7 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Numbers in the file. dtype: "torch.float32"; key: what their entry is called; count: how many they are."""
+    """A torch storage. dtype: "torch.float32"; key: what their entry is called; count: how many they are."""
 
     dtype: str
     key: str
@@ -72,7 +72,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A window on a storage; offset and strides count elements. trouble: why it cannot be read, else empty."""
+    """A strided view of a storage; offset and strides count elements. trouble: why it cannot be read, else empty."""
 
     dtype: str
     shape: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Something torch's files may hold beside tensors; what was in it is gone."""
+    """An object that torch files may hold beside tensors; its content is discarded."""
 
     kind: str
 
@@ -258,7 +258,7 @@ class _Machine:
         self.push(tuple(self.pop_marked()))
 
     def extend(self, values: list[object]) -> None:
-        """What is appended to something opaque is passed over."""
+        """Appending to an opaque object is ignored."""
         target = self.stack[-1]
         if type(target) is list:
             target.extend(values)
@@ -276,7 +276,7 @@ class _Machine:
         self.set_items([key, value])
 
     def build(self, _) -> None:
-        """Attributes, such as the _metadata of a state_dict, are passed over."""
+        """Attributes, such as the _metadata of a state_dict, are ignored."""
         self.stack.pop()
         if not isinstance(self.stack[-1], Table | Tensor | Opaque):
             raise UnpicklingError(f"attributes are given to a {kind_of(self.stack[-1])}")

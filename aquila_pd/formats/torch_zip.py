@@ -1,4 +1,4 @@
-"""The zip that torch.save writes: its entries, checked, and where in the file each tensor lies.
+"""torch.save's zip container: validated entries, and dtype, strides and file offset of each tensor.
 
 NAME/data.pkl describes the tensors, NAME/data/KEY holds the numbers of one storage, NAME/byteorder says how. Nothing is
 compressed, so that every tensor can be mapped. What data.pkl says is read in formats/torch_pickle.py.
@@ -23,22 +23,11 @@ import numpy as np
 
 from ..utils.errors import CheckpointError, shown
 from . import safetensors
+from .dtypes import DTYPES, TORCH
 from .torch_pickle import LARGEST, MAX_BYTES, Tensor
 
 ZIPPED = b"PK\x03\x04"
-TAGS = {
-    "torch.float32": "F32",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.float64": "F64",
-    "torch.int64": "I64",
-    "torch.int32": "I32",
-    "torch.int16": "I16",
-    "torch.int8": "I8",
-    "torch.uint8": "U8",
-    "torch.bool": "BOOL",
-}
-UNKNOWN_DTYPE = f"has the dtype {{}}; known are {', '.join(TAGS.values())}"
+UNKNOWN_DTYPE = f"has the dtype {{}}; known are {', '.join(TORCH.values())}"
 REPEATED = "has {:,} elements, more than its storage of {:,} bytes holds"
 LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # mark, compression, lengths of name and extra field; then the entry itself
 ENCRYPTED = 1  # a flag
@@ -56,7 +45,7 @@ class Place:
 
     def view(self) -> np.ndarray:
         """The tensor as a read-only array mapped from its file; every one has a map of its own, to be let go of."""
-        dtype = safetensors.DTYPES[self.dtype]
+        dtype = DTYPES[self.dtype]
         if not math.prod(self.shape):
             return np.empty(self.shape, dtype)  # an empty map is an error of the operating system
         reach = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
@@ -65,7 +54,7 @@ class Place:
 
 
 class _Sparing(io.FileIO):
-    """Refuses to read more at once than honest lists take: zipfile reads the list of entries whole, however long."""
+    """File with a limit on one read: zipfile reads the central directory whole, however long."""
 
     def read(self, size: int = -1) -> bytes:
         if size > MAX_BYTES:
@@ -154,14 +143,14 @@ def place(tensor: Tensor, archive: Archive) -> Place | str:
     """Where a tensor lies, or what keeps it from being read."""
     if tensor.trouble:
         return tensor.trouble
-    tag = TAGS.get(tensor.dtype)
+    tag = TORCH.get(tensor.dtype)
     if tag is None:
         return UNKNOWN_DTYPE.format(tensor.dtype)
     found = archive.find(f"data/{tensor.storage.key}")
     if found is None:
         return f"lies in the storage '{shown(tensor.storage.key)}', which is not there"
-    (offset, size), storage, itemsize = found, tensor.storage, safetensors.DTYPES[tag].itemsize
-    if size // safetensors.DTYPES[TAGS[storage.dtype]].itemsize != storage.count:
+    (offset, size), storage, itemsize = found, tensor.storage, DTYPES[tag].itemsize
+    if size // DTYPES[TORCH[storage.dtype]].itemsize != storage.count:
         return f"lies in a storage of {storage.count:,} {storage.dtype}, which takes {size:,} bytes"
     most = LARGEST // itemsize
     if len(tensor.shape) > safetensors.MAX_DIMENSIONS or math.prod(max(n, 1) for n in tensor.shape) > most:

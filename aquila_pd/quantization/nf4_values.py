@@ -170,8 +170,3 @@ class _InMemory:
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
         return getattr(self.packed, name)[rows]
-
-
-def round_trip(weight: np.ndarray, name: str = "a weight") -> np.ndarray:
-    """The values [out, in] float32 that a weight has after packing."""
-    return dequantize(quantize(weight, name))

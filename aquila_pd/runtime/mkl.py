@@ -1,4 +1,4 @@
-"""Which matrix kernels Paddle's bundled MKL picks on this processor, and how its threads wait. Standard library only.
+"""MKL code path (AVX-512 or AVX2) on non-Intel processors, and OpenMP blocktime. Standard library only.
 
 Not here: anything that needs Paddle, and any measuring (aquila_pd.doctor measures).
 """
@@ -79,7 +79,7 @@ def decide(cpuinfo: str, *, machine: str, chosen: str | None, paddle_loaded: boo
 
 
 def best_path(flags: set[str]) -> str | None:
-    """The fastest of MKL's paths that a processor with these instruction sets can run, or None for none of ours."""
+    """The fastest known MKL path for a processor with these instruction sets, or None."""
     return next((path for path, needed in NEEDS.items() if needed <= flags), None)
 
 
@@ -97,7 +97,7 @@ def _described(cpuinfo: str) -> tuple[str, set[str]]:
 
 
 def prefer_fast_kernels(environ: MutableMapping[str, str] = os.environ) -> Decision:
-    """Tell MKL to use AVX-512 or AVX2 on a processor that has it and is not asked; must run before Paddle is loaded.
+    """Select MKL's AVX-512 or AVX2 path on a processor that supports it and MKL would not ask; before Paddle is loaded.
 
     Sets MKL_DEBUG_CPU_TYPE in environ at most once, logs the decision at info level, and never raises.
     A second call changes nothing and returns the first decision.
@@ -117,11 +117,6 @@ def prefer_fast_kernels(environ: MutableMapping[str, str] = os.environ) -> Decis
 
 
 def let_threads_sleep(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Have threads without work sleep soon, unless the user has said how they shall wait; before Paddle computes."""
+    """Set a short OpenMP blocktime unless the user has set a wait policy; before Paddle computes."""
     if WAIT_POLICY not in environ:
         environ.setdefault(BLOCKTIME, SHORT)
-
-
-def last_decision() -> Decision | None:
-    """The decision prefer_fast_kernels took in this process, or None when it has not run."""
-    return _last

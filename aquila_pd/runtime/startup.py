@@ -1,6 +1,6 @@
-"""What has to happen before paddle is loaded, done once by the package's __init__.
+"""Settings that must precede the import of paddle: MKL path, OpenMP, warnings, Auto classes.
 
-A converted folder carries a copy of the package, so it happens there too.
+Imported once by the package's __init__, also by the copy in a converted folder.
 """
 
 import logging
@@ -11,7 +11,7 @@ from .mkl import let_threads_sleep, prefer_fast_kernels
 
 
 def _leave_out_known_noise() -> None:
-    """Lines that paddle's and paddlenlp's imports print on every machine and that nobody can act on."""
+    """Lines that paddle's and paddlenlp's imports print on every machine and that call for no action."""
     for message in ("No ccache found", "Setuptools is replacing distutils"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("datasets").setLevel(logging.WARNING)  # "PyTorch version ... available."

@@ -1,4 +1,4 @@
-"""Every package this project needs or was tested with: the version, the limits, and the reason. Standard library only.
+"""Dependency table: version range, tested version and reason of every package. Standard library only.
 
 setup.py makes its requirements from this table and `aquila-pd doctor` judges an installation by it. The packages
 these packages bring along are held at their tested versions by requirements/tested.txt, which `make venv` uses.
@@ -17,7 +17,7 @@ TEST_EXTRAS = ("verify", "gguf", "serve", "sft")  # what the test suite needs be
 
 @dataclass(frozen=True)
 class Pin:
-    """One package.
+    """A pinned package.
 
     spec: what pip is asked for ("" when pip is not to install it); tested: the version every test ran with.
     extra: "" when always installed, else the extra it belongs to. why: the reason in one line.
@@ -91,11 +91,10 @@ PINS = (
         "tiktoken",
         "==0.14.0",
         "0.14.0",
-        "encodes large batches; its splitting was compared with tokenizers' by character",
+        "encodes large batches and rows to train on; its splitting was compared with tokenizers' by character",
     ),
-    Pin("safetensors", ">=0.8", "0.8.0", "reads and writes checkpoints"),
     Pin("ml_dtypes", ">=0.5.4", "0.5.4", "bfloat16 for numpy"),
-    Pin("tqdm", ">=4.67", "4.70.1", "progress bars"),
+    Pin("rich", ">=15,<16", "15.0.0", "draws progress and tables on a terminal"),
     Pin("torch", "==2.13.0", "2.13.0", "gives the logits to compare with; reads .bin of before 1.6", extra="verify"),
     Pin(
         "transformers",
@@ -105,12 +104,18 @@ PINS = (
         extra="verify",
         breaks=((">=4.56", "it asks for tokenizers 0.22, which paddlenlp does not allow"),),
     ),
+    Pin(
+        "safetensors",
+        ">=0.8",
+        "0.8.0",
+        "an independent reader, for the proof layer by layer and for tests",
+        extra="verify",
+    ),
     Pin("gguf", ">=0.19,<0.20", "0.19.0", "reads GGUF checkpoints", extra="gguf"),
     Pin("fastapi", ">=0.165,<1", "0.165.0", "the routes of the server", extra="serve"),
     Pin("uvicorn", ">=0.54,<1", "0.54.0", "speaks HTTP for the server", extra="serve"),
     Pin("prometheus_client", ">=0.26,<1", "0.26.0", "writes /metrics in Prometheus' format", extra="serve"),
     Pin("PyYAML", ">=6.0.3,<7", "6.0.3", "reads recipes", extra="sft"),
-    Pin("rich", ">=15,<16", "15.0.0", "draws tables and progress on a terminal", extra="sft"),
     Pin("matplotlib", ">=3.11,<4", "3.11.2", "draws loss curves and length histograms", extra="sft"),
     Pin("visualdl", "==2.5.3", "2.5.3", "Paddle's own training log, on request", extra="sft"),
     Pin("datasketch", ">=2.0,<3", "2.0.0", "MinHash signatures that find near-duplicate rows", extra="sft"),

@@ -3,8 +3,9 @@
 import codecs
 from functools import lru_cache
 
+from ..formats.byte_level import LETTERS
 from ..generation import TokenLogprob
-from ..text.text_stream import BYTE_TOKENS, LETTERS, SPACE, ByteLevelText, text_of
+from ..text.text_stream import BYTE_TOKENS, SPACE, ByteLevelText, text_of
 
 LEAST = -9999.0  # JSON has no infinity; a probability that underflows is given as this
 

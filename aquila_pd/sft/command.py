@@ -163,11 +163,12 @@ def _recipe_of_run(args: argparse.Namespace) -> Recipe:
 
 
 def _train(args: argparse.Namespace, recipe: Recipe) -> int:
-    from ..text.loading import cores, quiet, use_threads
+    from ..text.loading import quiet, use_threads
+    from ..utils import cores
 
     quiet()
     local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
-    use_threads(args.threads if args.threads is not None else max(1, cores() // local))
+    use_threads(args.threads if args.threads is not None else max(1, cores.count() // local))
     from .loop.trainer import Stopped
     from .run.stages import train
 

@@ -1,7 +1,6 @@
 """load(): a converted folder as everything a command needs to talk to the model in it."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from ..modeling import AquilaForCausalLM
 from ..ops import threads as thread_count
 from ..runtime import base
 from ..tokenizer import AquilaTokenizer
+from ..utils import cores
 from ..utils.errors import CheckpointError, ConfigError, shown_value
 from ..utils.files import read_object
 from .prompts import ChatPrompts
@@ -97,12 +97,7 @@ def quiet() -> None:
 def use_threads(threads: int | None) -> None:
     if threads is not None and threads < 1:
         raise ConfigError(f"The number of threads is {threads}; it must be at least 1.")
-    thread_count.use(threads or cores())
-
-
-def cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    thread_count.use(threads or cores.count())
 
 
 def check_folder(folder: Path) -> None:

@@ -8,21 +8,12 @@ import codecs
 import json
 from collections.abc import Iterable
 
+from ..formats.byte_level import LETTERS
 from ..utils.errors import GenerationError, TokenizerError
 
 SPACE = "\u2581"  # how SentencePiece spells a space
 DAMAGED = "\ufffd"
 BYTE_TOKENS = {f"<0x{value:02X}>": value for value in range(256)}
-
-
-def _letters() -> dict[str, int]:
-    """The letter under which a byte-level vocabulary spells each byte: itself where it is visible, else from U+0100."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = sorted({*range(256)} - {*visible})
-    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
-
-
-LETTERS = _letters()
 
 
 class ByteLevelText:

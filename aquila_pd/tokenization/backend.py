@@ -1,4 +1,4 @@
-"""Parts of a `tokenizers.Tokenizer`: splitting patterns by name, added tokens with their ids, bos and eos."""
+"""Building blocks of a `tokenizers.Tokenizer`: pre-tokenizer patterns, added tokens with fixed ids, bos and eos."""
 
 from itertools import groupby
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Conversations for AquilaTokenizer: its chat template, and a conversation in pieces.
+"""Chat mixin of AquilaTokenizer: chat templates, conversations rendered to pieces and encoded.
 
 How templates look is in chat_templates.py, how pieces become ids in segments.py. A folder's Jinja text that is
-none of ours is used as it is: which of its text is somebody's words shows when others stand in for them. Headers that
-are plain text are not known there, and so not broken where somebody types them.
+none of ours is used as it is: rendering it with placeholders tells contents from scaffolding. Headers that
+are plain text are not known there, and so not broken where contents hold them.
 """
 
 import itertools
@@ -152,6 +152,9 @@ class ChatMixin:
         return Encoded(self._encodings([text], ids_only=True, backend=backend)[0].ids, [])
 
     def _encode_with_spans(self, backend: Tokenizer, text: str) -> Encoded:
+        found = self.fast_ids.encoded(text) if self.fast_ids and backend is self.backend else None
+        if found is not None:
+            return found
         backend = self._pieces.without_trimming() if backend is self.backend else backend
         (encoding,) = self._encodings([text], backend=backend)
         return Encoded(encoding.ids, in_pairs(encoding.offsets, text))

@@ -1,10 +1,10 @@
 """Chat templates as data: how a conversation becomes text, and which published model was tuned with which.
 
-A template is rendered to pieces, so that nobody has to find afterwards which part of a text the model is to learn
-(is_target) and which part is somebody's words (is_content). `Template.jinja` says the same in the form that
-tokenizer_config.json carries for other programs.
+A template is rendered to pieces, which say what part of a text the model is to learn (is_target) and what part is
+message content (is_content). `Template.jinja` says the same in the form that tokenizer_config.json carries for other
+programs.
 
-Nobody's words can become a special token or a turn that was never taken:
+Message content can become neither a special token nor a forged turn:
 
 - Special tokens. Contents are encoded as plain text, "</s>" in them included (chat_mixin.py does that; it is why
   pieces say what is content).
@@ -29,10 +29,10 @@ ROLES = ("system", "user", "assistant")
 
 
 class Piece(NamedTuple):
-    """A stretch of a conversation's text.
+    """A part of a rendered conversation.
 
     is_target: the model learns to write it: every answer with its closing separator, and nothing else.
-    is_content: somebody's words, in which nothing is a special token.
+    is_content: message content, in which nothing is a special token.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Turn:
-    """How one role's words are written: header, words, end.
+    """Format of one role's message: header, content, end.
 
     begin: what stands between header and words and is the model's to write when it answers; after: what follows the
     end and is not the model's.
@@ -67,10 +67,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Template:
-    """One way of writing conversations.
+    """A chat template: turns of each role, system message, stop strings.
 
-    system: None where the model was tuned without system messages. default_system: what the system says when nobody
-    gives a system message; None when it then says nothing. strip: white space around contents goes.
+    system: None where the model was tuned without system messages. default_system: the system message where none is
+    given; None for none at all. strip: white space around contents goes.
     forgeable: a pattern of plain text that looks like a header. specials: the scaffolding's special tokens.
     stop_strings: texts at which an answer ends, some of them special tokens in some tokenizers.
     """
@@ -300,17 +300,8 @@ AQUILA_VOCABULARIES = range(100000, 145000)  # 100,008 rows; about 143,700 in th
 ZIYA_VOCABULARY = 39424  # LLaMA's 32,000 tokens and Chinese ones; no other model has this many
 
 
-def template_for(name: str, fields: Mapping) -> Template | None:
-    """The template a published model was tuned with: by its name, else by its sizes where these are certain.
-
-    name: of the folder, file or hub model; fields: the family's reading of config.json.
-    """
-    known, template = template_by_name(name)
-    return template if known else template_by_sizes(fields)
-
-
 def template_by_name(name: str) -> tuple[bool, Template | None]:
-    """Whether a name says what the model is, and its template; a base model has none."""
+    """Whether the name of a folder, file or hub model says what it is, and its template; a base model has none."""
     name = name.rstrip("/").rsplit("/", 1)[-1].replace("_", "-")
     found = next((template for pattern, template in BY_NAME if re.search(pattern, name, re.IGNORECASE)), "")
     return found != "", TEMPLATES[found] if found else None
@@ -319,6 +310,7 @@ def template_by_name(name: str) -> tuple[bool, Template | None]:
 def template_by_sizes(fields: Mapping) -> Template | None:
     """The template of the only chat model that has these sizes. The 7B sizes fit several, and tiny models none.
 
+    fields: the family's reading of config.json.
     A base model has the sizes of its chat model: a template is right or does no harm there.
     """
     if fields.get("vocab_size") == ZIYA_VOCABULARY:

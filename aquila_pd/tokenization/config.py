@@ -1,4 +1,4 @@
-"""The small JSON files beside a tokenizer, read and checked: what its special tokens are called and which are added.
+"""Tokenizer configuration files, read and checked: names of special tokens, added tokens, chat template.
 
 The vocabulary itself is tokenization/load.py's subject.
 """
@@ -169,7 +169,7 @@ def content_of(token: str | dict | AddedToken) -> str:
 
 
 def as_added(token: str | dict | AddedToken, *, special: bool) -> AddedToken:
-    """The token to add; special only counts where it does not say so itself."""
+    """The AddedToken to register; `special` is the default where the entry does not say."""
     if isinstance(token, dict):
         return AddedToken(**{key: token[key] for key in TOKEN_FIELDS if token.get(key) is not None})
     return token if isinstance(token, AddedToken) else AddedToken(token, special=special, normalized=False)

@@ -1,4 +1,4 @@
-"""Tokenizers on their way through a conversion, there and back; all a converter needs to call.
+"""Tokenizer conversion in both directions: the functions that the converter calls.
 
 Sources are a folder or a GGUF file. What users call is in tokenizer.py, which does without this module.
 """
@@ -106,7 +106,7 @@ def name_as_paddlenlp(folder: Path) -> None:
 
 
 def write_torch_tokenizer(source: Path, output: Path) -> list[str]:
-    """Write a folder's tokenizer for transformers and those who read its files; return the names of the files written.
+    """Write a folder's tokenizer for transformers and compatible readers; return the names of the files written.
 
     The files are those of `write_tokenizer`, under the name of a class that transformers knows and that encodes the
     same. PaddleNLP's own form of a chat template has no place there: it is left out, and a warning says so.

@@ -1,4 +1,4 @@
-"""The tokenizer a GGUF file carries, as a `tokenizers.Tokenizer`: byte-level BPE and SentencePiece of kind bpe."""
+"""Tokenizer of a GGUF file as a `tokenizers.Tokenizer`: byte-level BPE and SentencePiece bpe."""
 
 import logging
 from collections.abc import Callable

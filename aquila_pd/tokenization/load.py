@@ -1,4 +1,4 @@
-"""The tokenizer of a folder as a `tokenizers.Tokenizer`: tokenizer.json, vocab.json + merges.txt, or tokenizer.model.
+"""Tokenizer loader: a `tokenizers.Tokenizer` from tokenizer.json, vocab.json + merges.txt, or tokenizer.model.
 
 Vocabulary, merges and splitting pattern come from the folder; the one thing known beside it is the short list of
 Aquila's special tokens, which the published folder uses and does not list (tokenization/config.py has it). How a

@@ -1,4 +1,4 @@
-"""A `tokenizers.Tokenizer` written as the files of a folder, complete: nothing is inferred when they are loaded."""
+"""Tokenizer writer: a `tokenizers.Tokenizer` as a complete set of files; loading them infers nothing."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A text in pieces as ids: special tokens where the scaffolding has them, and none made of anybody's words.
+"""Piecewise encoding of a rendered conversation: special tokens from the template only, never from contents.
 
 Ids are those of the whole text encoded at once, so that merges run across the borders of pieces. What no words can do
 is to become a special token: "</s>" in contents is four characters. Two backends share one vocabulary for that, one
@@ -27,7 +27,7 @@ Span = tuple[int, int]  # (begin, end) in characters
 
 
 class Encoded(NamedTuple):
-    """The ids of a text and where each stands in it; spans stay empty where nobody asked for them.
+    """The ids of a text and their character spans; spans stay empty where only ids were asked for.
 
     A token's span holds every character of which it writes a part: the tokens of one emoji have the same, and a space
     that the tokenizer puts in front of a text has that of the first character.
@@ -50,7 +50,7 @@ class Mark(NamedTuple):
 
 
 class PieceEncoder:
-    """Encodes pieces with a backend, as long as nothing is added to it.
+    """Encodes pieces with a backend whose added tokens do not change.
 
     The control tokens of a text are the special ones, and `others`: added tokens that are not called special and stand
     in the scaffolding all the same, as some GGUF files have them.

@@ -1,4 +1,4 @@
-"""The tokenizer of a SentencePiece model as a `tokenizers.Tokenizer`, with what the files beside it add.
+"""SentencePiece model as a `tokenizers.Tokenizer`, with the added tokens of the files beside it.
 
 Not in a converted folder's copy of the code: such a folder always has tokenizer.json.
 """

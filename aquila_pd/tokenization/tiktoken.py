@@ -1,6 +1,8 @@
-"""Ids of many plain texts by tiktoken: several times as fast as the tokenizers library, and the same ids by proof.
+"""Byte-level BPE by tiktoken: several times as fast as the tokenizers library, ids and spans proven equal.
 
-AquilaTokenizer asks here for ids and nothing else; tokens, offsets and all a twin cannot do come from the library.
+Used for batches of plain texts and for the conversations of SFT preparation. A tokenizer that has no twin here, and
+every text that tiktoken cannot take, stays with the library. Imported inside functions only: a converted folder's copy
+of the code leaves it out.
 
 Why the ids are the same. Both cut a text at added tokens, then by one pattern, and merge the bytes of each piece. In
 each step the library takes, of the neighbours that are a listed pair, those whose pair stands first in the list;
@@ -23,6 +25,9 @@ Where (1) fails there is no twin; a token that fails (2) stays out of the table.
   takes is tiktoken's first too, and it stops when tiktoken does. A piece that is itself in the table becomes that token
   at once in tiktoken, and by (2) in the library.
 
+The spans are the same because both cut one string of bytes, none of which is dropped: a token's bytes follow those of
+the token before it, and its span reaches from the character of its first byte to that of its last.
+
 The library keeps its candidates in a heap and knows outdated ones by the id they would make; by (1) an id stands for
 one pair, so that is exact. It leaves out bytes that its vocabulary lacks: there must be all 256. That both see the same
 letters, numbers and spaces in a text is no theorem, their Unicode tables differ in age: a test compares every code
@@ -34,6 +39,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, pairwise, product
 from typing import NamedTuple
@@ -42,7 +48,10 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from ..formats.byte_level import LETTERS
 from ..runtime.versions import pin
+from ..utils import cores
+from .segments import Encoded, Span
 
 log = logging.getLogger("aquila_pd")
 
@@ -72,23 +81,46 @@ class NoTwin(Exception):
 
 
 class Twin(NamedTuple):
-    """A tiktoken encoding, and the vocabulary's ids by its ranks, int64 [ranks]; END is the separator's."""
+    """A tiktoken encoding, and by its ranks, int64 [ranks] each: the vocabulary's ids (END is the separator's), and the
+    lengths of the tokens in bytes."""
 
     encoding: object
     ids: np.ndarray
+    lengths: np.ndarray
 
     def rows(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, int64 [T]; ValueError for texts that tiktoken cannot take."""
-        ranks = self.encoding.encode_to_numpy(SEPARATOR.join(texts), allowed_special="all", disallowed_special=())
-        ids = self.ids[ranks]
+        ids = self.ids[self._ranks(SEPARATOR.join(texts))]
         ends = np.flatnonzero(ids == END)
         if len(ends) != len(texts) - 1:
             raise ValueError("a text holds the separator")
         return [ids[end + 1 : next_end] for end, next_end in pairwise([-1, *ends.tolist(), len(ids)])]
 
+    def encoded(self, text: str) -> Encoded:
+        """The ids of one text and their spans; ValueError for a text that tiktoken cannot take."""
+        ranks = self._ranks(text)
+        ids = self.ids[ranks].tolist()
+        if END in ids:
+            raise ValueError("a text holds the separator")
+        return Encoded(ids, spans_in(text, self.lengths[ranks]))
+
+    def _ranks(self, text: str) -> np.ndarray:
+        return self.encoding.encode_to_numpy(text, allowed_special="all", disallowed_special=())
+
+
+def spans_in(text: str, lengths: np.ndarray) -> list[Span]:
+    """(begin, end) of each token: the characters of which it writes a part. lengths: in bytes, int64 [T]."""
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    if text.isascii():
+        return list(zip(begins.tolist(), ends.tolist(), strict=True))
+    data = np.frombuffer(text.encode("utf-8"), np.uint8)
+    of_byte = np.cumsum((data & 0xC0) != 0x80) - 1  # [bytes]; a continuation byte belongs to the character before it
+    return list(zip(of_byte[begins].tolist(), (of_byte[ends - 1] + 1).tolist(), strict=True))
+
 
 class FastIds:
-    """The ids a backend gives to plain texts, by its twin once enough text has come by to repay building that.
+    """Encodes plain texts as a backend does, by its twin once enough text has come by to repay building that.
 
     Safe with threads and after a fork: no lock is held, and the threads of a call end with it. At worst two threads
     build the same twin. Copies and pickles carry the backend only. Added tokens must stay what they are.
@@ -106,16 +138,24 @@ class FastIds:
     def rows(self, texts: list[str]) -> list[np.ndarray] | None:
         """The ids of each text, int64 [T], without those around a text; None where the library has to give them."""
         size = sum(map(len, texts))
-        self._asked += size
-        if not texts or self._refused or (self._twin is None and self._asked < REPAID):
+        if not texts or not self._is_ready(size):
             return None
-        if not (self._twin or self.build()) or not plain(self._backend):
-            return None
-        try:
+        with left_to_the_library():
             return list(chain.from_iterable(in_threads(self._twin, texts, size)))
-        except ValueError as error:  # a lone surrogate, a million spaces in a row, the separator
-            log.debug("these texts are left to the tokenizers library: %s", error)
+
+    def encoded(self, text: str) -> Encoded | None:
+        """The ids of one text and their spans; None where the library has to give them."""
+        if not self._is_ready(len(text)):
             return None
+        with left_to_the_library():
+            return self._twin.encoded(text)
+
+    def _is_ready(self, size: int) -> bool:
+        """Count so many characters more; whether there is a twin, built now if they repay it."""
+        self._asked += size
+        if self._refused or (self._twin is None and self._asked < REPAID):
+            return False
+        return bool(self._twin or self.build()) and plain(self._backend)
 
     def build(self) -> bool:
         """Build the twin now; returns whether there is one."""
@@ -129,6 +169,15 @@ class FastIds:
     def refuse(self) -> None:
         """Have every text encoded by the library from now on."""
         self._twin, self._refused = None, True
+
+
+@contextmanager
+def left_to_the_library() -> Iterator[None]:
+    """Swallows what tiktoken raises for a text it cannot take: a lone surrogate, a million spaces, the separator."""
+    try:
+        yield
+    except ValueError as error:
+        log.debug("these texts are left to the tokenizers library: %s", error)
 
 
 def in_threads(twin: Twin, texts: list[str], size: int) -> Iterator[list[np.ndarray]]:
@@ -159,8 +208,7 @@ def threads() -> int:
     """One where TOKENIZERS_PARALLELISM says so, as in the library, else a few of the cores this process may use."""
     if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in NO:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_THREADS)
+    return min(cores.count(), MOST_THREADS)
 
 
 # ---------------------------------------------------------------------------------------------------- the twin
@@ -182,20 +230,21 @@ def build(backend: Tokenizer) -> Twin:
     check_model(model, size=backend.get_vocab_size(with_added_tokens=False))
     check_added([(token["content"], token["normalized"]) for token in added], added)
 
-    vocab, letters = model["vocab"], byte_letters()
+    vocab = model["vocab"]
     made = [left + right for left, right in model["merges"]]
     if len(set(made)) < len(made):
         raise NoTwin("a token that two pairs make")
-    tokens = [*letters, *alone_themselves(made, backend, letters)]
-    as_bytes = str.maketrans({letter: chr(byte) for letter, byte in letters.items()})
+    tokens = [*LETTERS, *alone_themselves(made, backend)]
+    as_bytes = str.maketrans({letter: chr(byte) for letter, byte in LETTERS.items()})
     ranks = {token.translate(as_bytes).encode("latin-1"): rank for rank, token in enumerate(tokens)}
     whole = {text: len(ranks) + n for n, text in enumerate([*(token["content"] for token in added), SEPARATOR])}
     ids = [*map(vocab.__getitem__, tokens), *(token["id"] for token in added), END]
+    lengths = [*map(len, ranks), *(len(text.encode("utf-8")) for text in whole)]
 
     from tiktoken import Encoding
 
     encoding = Encoding("aquila_pd", pat_str=pattern, mergeable_ranks=ranks, special_tokens=whole)
-    return Twin(encoding, np.array(ids, dtype=np.int64))
+    return Twin(encoding, np.array(ids, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 
 def require_tested(package: str) -> None:
@@ -240,7 +289,7 @@ def check_model(model: dict, *, size: int) -> None:
         raise NoTwin(f"a model with {' and '.join(more)}")
     if len(model["vocab"]) < size:  # written by id: of two tokens with one id, either is gone
         raise NoTwin("a vocabulary with one id for two tokens")
-    missing = [byte for letter, byte in byte_letters().items() if letter not in model["vocab"]]
+    missing = [byte for letter, byte in LETTERS.items() if letter not in model["vocab"]]
     if missing:  # with all of them there, nothing is unknown: unk_token and byte_fallback have nothing to do
         raise NoTwin(f"a vocabulary without {len(missing)} of the bytes, the first of them {missing[0]}")
 
@@ -269,18 +318,11 @@ def overlap(a: str, b: str) -> bool:
     return a in b or b in a or any(a.endswith(b[:n]) or b.endswith(a[:n]) for n in ends)
 
 
-def alone_themselves(made: list[str], backend: Tokenizer, letters: dict[str, int]) -> list[str]:
+def alone_themselves(made: list[str], backend: Tokenizer) -> list[str]:
     """The tokens that fulfil (2), in their order. One with a character that is no byte is never made."""
-    strange = set("".join(made)) - letters.keys()
+    strange = set("".join(made)) - LETTERS.keys()
     spellable = [token for token in made if strange.isdisjoint(token)]
     alone = Tokenizer(backend.model)  # the same model, with nothing around it
     counts = list(map(len, alone.encode_batch_fast(spellable, add_special_tokens=False)))
     backend.model._clear_cache()  # it remembers a number of words and forgets none: these would keep real ones out
     return [token for token, count in zip(spellable, counts, strict=True) if count == 1]
-
-
-def byte_letters() -> dict[str, int]:
-    """The letters that stand for bytes in a byte-level vocabulary: printable ones themselves, others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

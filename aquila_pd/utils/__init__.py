@@ -1,1 +1,1 @@
-"""What every part stands on: named errors, files, progress, consoles. Knows no model and no framework."""
+"""Base layer: named errors, files, units, cores, progress, consoles, command exit. No model, no framework."""

@@ -1,4 +1,4 @@
-"""What every command of the converter does around its work: signals, closed pipes, exit status, last words."""
+"""Process frame of a command: signals to exceptions, closed pipes, exit status, final message."""
 
 import io
 import os
@@ -14,7 +14,7 @@ INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for Ctrl-C
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end, turned into what Ctrl-C raises, so that the same is cleaned up."""
+    """A terminating signal as the exception that Ctrl-C raises, so that the same cleanup runs."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -23,7 +23,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Stopped inside the block, where nobody handles or ignores them (nohup does)."""
+    """SIGTERM and SIGHUP raise Stopped inside the block, unless they are handled or ignored already (as by nohup)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,10 +45,10 @@ def stoppable() -> Iterator[None]:
 
 
 def run(work: Callable[[], int | None], *, left: str = "") -> int:
-    """Do the work of a command and return its exit status: what the work returns, 0 for None.
+    """Run a command's work and return its exit status: what the work returns, 0 for None.
 
     1 for an error a person can mend, said in one message; 128 + n when signal n stopped it: 130 for Ctrl-C, 143 for
-    SIGTERM, 129 for SIGHUP, 141 when the output is a pipe that nobody reads any more.
+    SIGTERM, 129 for SIGHUP, 141 when the reading end of the output pipe is closed.
     left: what is left behind after an error that has no notes about it.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path or token that the terminal cannot show is no reason to stop
@@ -81,14 +81,14 @@ def _left(error: BaseException, left: str) -> str:
 
 
 def end(message: str, status: int) -> int:
-    """Say the last words on stderr and return the status."""
+    """Print the final message on stderr and return the status."""
     with suppress(OSError):  # the terminal may be gone
         print(message.rstrip(), file=sys.stderr, flush=True)
     return status
 
 
 def _drop_stdout() -> None:
-    """Send what is still buffered nowhere, or the interpreter complains about the closed pipe when it ends."""
+    """Redirect buffered stdout to /dev/null, or the interpreter reports the closed pipe at exit."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

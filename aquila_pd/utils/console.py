@@ -1,4 +1,4 @@
-"""What a person sees: answers, notes, errors; on a terminal with dim lines, elsewhere as plain text.
+"""Console of the chat commands: answers, notes, errors; notes are dim on a terminal, plain elsewhere.
 
 What a model or a file says cannot steer the terminal: control characters, and those that turn the direction of
 writing, are shown as signs.
@@ -19,7 +19,7 @@ SIGNS = {
 
 
 def visible(text: str) -> str:
-    """The text with a sign for each character that would steer a terminal; line breaks and tabs stay."""
+    """Replace control and bidirectional override characters by visible signs; line breaks and tabs stay."""
     return text.translate(SIGNS)
 
 
@@ -31,25 +31,25 @@ class Screen:
         self._at_line_start = True
 
     def piece(self, text: str) -> None:
-        """A piece of an answer, at once."""
+        """Print a piece of an answer, unbuffered."""
         self._at_line_start = text.endswith("\n")
         print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     def end_line(self) -> None:
-        """Begin a new line, unless the cursor stands at one."""
+        """Print a line break unless the cursor is at the start of a line."""
         if not self._at_line_start:
             print(flush=True)
         self._at_line_start = True
 
     def note(self, text: str) -> None:
-        """A line about the conversation, which is no part of it."""
+        """Print a line about the conversation that is not part of it."""
         if self.interactive:
             print(f"{DIM}{visible(text)}{PLAIN}", flush=True)
         else:
             print(visible(text), file=sys.stderr, flush=True)
 
     def ask(self, prompt: str) -> str | None:
-        """The next line a person writes; None at the end of the input. Ctrl-C raises KeyboardInterrupt."""
+        """The next line of input; None at its end. Ctrl-C raises KeyboardInterrupt."""
         try:
             return input(prompt) if self.interactive else _line()
         except EOFError:
@@ -57,7 +57,7 @@ class Screen:
 
 
 def prepare_input(interactive: bool) -> None:
-    """Editing and history of lines where there is a terminal; bytes that are no text come as lone surrogates."""
+    """Line editing and history on a terminal; bytes that are not UTF-8 are read as lone surrogates."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")
     if interactive:
@@ -73,7 +73,7 @@ def _line() -> str | None:
 
 
 def is_text(line: str) -> bool:
-    """Whether the line holds characters only, and no bytes that could not be decoded."""
+    """Whether the line holds no lone surrogates, that is, no bytes that could not be decoded."""
     try:
         line.encode("utf-8")
     except UnicodeEncodeError:

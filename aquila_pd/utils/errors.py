@@ -12,23 +12,23 @@ FINDINGS = 100  # lines of a report
 
 
 def shown(text: str) -> str:
-    """Text out of a file as a message may repeat it: not at length, and what would steer a terminal escaped."""
+    """Text out of a file for use in a message: truncated, unprintable characters escaped."""
     cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
     return printable(cut)
 
 
 def shown_value(value: object) -> str:
-    """A value out of a JSON file as a message may repeat it: as Python writes it, and not at length."""
+    """A JSON value for use in a message: its repr, truncated."""
     return shown(repr(value))
 
 
 def printable(line: str) -> str:
-    """One line with every character escaped that is no visible one."""
+    """One line with unprintable characters escaped."""
     return line if line.isprintable() else repr(line)[1:-1]
 
 
 class AquilaError(Exception):
-    """Base of every error that aquila_pd raises for something a person can mend."""
+    """Base of every error that aquila_pd raises for something the user can fix."""
 
     def __str__(self) -> str:
         lines = super().__str__().split("\n")
@@ -81,7 +81,7 @@ class InstallationError(AquilaError, ImportError):
 
 @contextmanager
 def only_in_the_package(what: str) -> Iterator[None]:
-    """Around the import of a module that a converted folder's copy of the code leaves out.
+    """Context of importing a module that the code bundled in a converted folder leaves out.
 
     There it raises InstallationError: `what` needs the package. Any other missing module is passed on.
     """
@@ -94,7 +94,7 @@ def only_in_the_package(what: str) -> Iterator[None]:
 
 
 def report(headline: str, findings: list[str], advice: str) -> str:
-    """One message out of many findings: a headline, one indented line each, and the next step."""
+    """One message for many findings: headline, one indented line each, next step."""
     listed = [f"  {shown(line) if len(line) > LINE else line}" for line in findings[:FINDINGS]]
     more = [f"  and {len(findings) - FINDINGS:,} more"] if len(findings) > FINDINGS else []
     return "\n".join([headline, *listed, *more, advice])

@@ -46,7 +46,7 @@ with suppress(OSError), open({filler!r}, "wb", buffering=0) as file:
 LABORATORY = """
 import itertools, json, os, resource, signal, sys
 from contextlib import suppress
-import tokenizers, tqdm
+import tokenizers
 import aquila_pd.tokenization.convert, aquila_pd.checkpoint.sources.packed, aquila_pd.checkpoint.sources.safetensors
 from aquila_pd.checkpoint.command import main
 

@@ -26,7 +26,7 @@ from paths import ROOT
 
 from aquila_pd.checkpoint.sources import torch_bin
 from aquila_pd.checkpoint.sources.torch_bin import TorchBinReader
-from aquila_pd.formats import safetensors, torch_pickle
+from aquila_pd.formats import dtypes, safetensors, torch_pickle
 from aquila_pd.utils.errors import CheckpointError, InstallationError
 
 BIN = "pytorch_model.bin"
@@ -84,7 +84,7 @@ def compare_with_torch(folder: Path, file: str = BIN) -> TorchBinReader:
     for name, tensor in expected.items():
         stored = reader.stored[name]
         assert (stored.shape, stored.file) == (tuple(tensor.shape), file)
-        assert safetensors.DTYPES[stored.dtype] == numbers(tensor).dtype
+        assert dtypes.DTYPES[stored.dtype] == numbers(tensor).dtype
         same(reader.read(name), numbers(tensor))
     return reader
 
@@ -190,7 +190,7 @@ def test_control_strides_that_are_ignored_are_noticed(tmp_path, monkeypatch):
     folder = saved(tmp_path, views())
 
     def row_by_row(place):
-        dtype = safetensors.DTYPES[place.dtype]
+        dtype = dtypes.DTYPES[place.dtype]
         count = int(np.prod(place.shape))
         return np.fromfile(place.file, dtype, count, offset=place.offset)[:count].reshape(place.shape)
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from ...runtime.versions import VERSION
 from ...utils.errors import OutputError
 from ...utils.files import JSON_ERRORS, hash_file, write_json
-from ...utils.progress import Progress, counted
+from ...utils.progress import Progress
+from ...utils.units import counted
 from ..plan import Plan
 from ..sources import Source
 from .pipeline import in_order
@@ -92,17 +93,16 @@ class Journal:
     def _check(self, *, workers: int, say: Callable[[str], None]) -> None:
         """Believe those claims whose files have the right hash."""
         sizes = {file: (self.folder / file).stat().st_size for file in self._claimed}
-        progress = Progress("check", total=sum(sizes.values()), tensors=len(sizes), what="shard")
         hashes = in_order(lambda file: (file, hash_file(self.folder / file)), sorted(sizes), workers=workers)
-        for file, digest in hashes:
-            progress.advance(sizes[file])
-            if digest == self._claimed[file].sha256:
-                self.finished[file] = self._claimed[file]
-            else:
-                say(f"  damaged   {file}, finished by an earlier run, has another hash now: it is written again")
-                del self._claimed[file]
-                _remove(self.folder / file)
-        progress.close()
+        with Progress("check", total=sum(sizes.values()), tensors=len(sizes), what="shard") as progress:
+            for file, digest in hashes:
+                progress.advance(sizes[file])
+                if digest == self._claimed[file].sha256:
+                    self.finished[file] = self._claimed[file]
+                else:
+                    say(f"  damaged   {file}, finished by an earlier run, has another hash now: it is written again")
+                    del self._claimed[file]
+                    _remove(self.folder / file)
         if self.finished:
             say(f"  resumed   {counted(len(self.finished), 'shard')} finished by an earlier run, hashes checked")
 

@@ -1,6 +1,5 @@
 """Work done ahead by several threads and handed over in order, in a fixed number of buffers."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ...utils import cores
 from ...utils.errors import ConfigError
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
@@ -24,7 +24,7 @@ def count_workers(asked: int | None) -> int:
     if asked is not None and asked < 1:
         raise ConfigError(f"The number of workers is {asked}; it must be at least 1.")
     if asked is None:
-        asked = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        asked = cores.count()
     return min(asked, MOST_WORKERS)
 
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...formats.safetensors import DTYPES, FLOATS, Entry, Shard, write_shard
+from ...formats.dtypes import DTYPES, FLOATS
+from ...formats.safetensors import Entry, Shard, write_shard
 from ...utils.errors import CheckpointError, report
 from ...utils.files import sync
-from ...utils.progress import Progress, counted
+from ...utils.progress import Progress
+from ...utils.units import counted
 from ..plan import Plan
 from ..sources import Source
 from .journal import Finished, Journal
@@ -56,13 +58,13 @@ def write_weights(source: Source, plan: Plan, journal: Journal, *, workers: int,
     buffers = Buffers(workers)
     tasks = (part for shard in waiting for part in _parts(source, plan, shard, buffers.nbytes))
     tensors = sum(len(shard.entries) for shard in waiting)
-    progress = Progress("write", total=sum(shard.nbytes for shard in waiting), tensors=tensors)
-    try:
-        with closing(in_order(lambda part: _make(source, plan, part, buffers), tasks, workers=workers)) as made:
-            for shard in waiting:
-                _write(shard, plan, made, buffers, progress, journal, fsync=fsync)
-    finally:
-        progress.close()
+    total = sum(shard.nbytes for shard in waiting)
+    with (
+        Progress("write", total=total, tensors=tensors) as progress,
+        closing(in_order(lambda part: _make(source, plan, part, buffers), tasks, workers=workers)) as made,
+    ):
+        for shard in waiting:
+            _write(shard, plan, made, buffers, progress, journal, fsync=fsync)
     return _findings(plan, journal)
 
 

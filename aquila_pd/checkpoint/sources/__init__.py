@@ -9,7 +9,7 @@ import numpy as np
 from ...architecture import families
 from ...architecture.families.base import dims
 from ...architecture.families.dialect import rotate_half_rows
-from ...formats.safetensors import DTYPES
+from ...formats.dtypes import DTYPES
 from ...utils.errors import CheckpointError, report
 from ..layout import Layout, find_layout, read_config
 from ..targets import PADDLE, TORCH

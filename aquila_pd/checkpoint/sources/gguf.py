@@ -10,6 +10,7 @@ import numpy as np
 from ...architecture import config_checks
 from ...architecture.families.dialect import Dialect
 from ...formats import safetensors
+from ...formats.dtypes import DTYPES
 from ...formats.gguf import PRE_TOKENIZER, import_gguf, open_gguf, pre_tokenizer_note, read_value
 from ...utils.errors import CheckpointError, report
 from . import gguf_rope
@@ -87,7 +88,7 @@ class GGUFReader:
         tensor, stored = self._tensors[name], self.stored[name]
         if stored.packed:
             return self._unpack(tensor, stored.shape, rows, columns)
-        native = self._mapped(tensor).view(safetensors.DTYPES[stored.dtype]).reshape(stored.shape)
+        native = self._mapped(tensor).view(DTYPES[stored.dtype]).reshape(stored.shape)
         return native[rows, columns] if native.ndim == 2 else native[rows]
 
     def _mapped(self, tensor) -> np.ndarray:

@@ -5,11 +5,10 @@ import numpy as np
 from ...architecture.families.base import Family, dims
 from ...architecture.families.dialect import Dialect
 from ...architecture.weight_map import weights
-from ...formats.safetensors import FLOATS
+from ...formats.dtypes import NAMED
 from ...utils.errors import CheckpointError
 from .reader import ALL, Stored
 
-TAGS = {name: tag for tag, name in FLOATS.items()}
 NOWHERE = "a file that is not there yet"
 
 
@@ -18,7 +17,7 @@ class PlannedReader:
 
     def __init__(self, config: dict, family: Family):
         fields = family.fields(config)
-        tag = TAGS.get(fields["dtype"], "F32")
+        tag = NAMED.get(fields["dtype"], "F32")
         self.config = config
         self.dialect: Dialect | None = Dialect("planned")  # the table's own names
         self.stored = {weight.hf: Stored(tag, weight.hf_shape, NOWHERE) for weight in weights(dims(fields))}

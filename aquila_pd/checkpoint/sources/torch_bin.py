@@ -12,8 +12,9 @@ import numpy as np
 
 from ...architecture.families.dialect import Dialect
 from ...formats import safetensors
+from ...formats.dtypes import DTYPES, TORCH
 from ...formats.torch_pickle import META, NOT_DENSE, UNFINISHED, Table, Tensor, WouldRunCode, kind_of, read_pickle
-from ...formats.torch_zip import REPEATED, TAGS, UNKNOWN_DTYPE, ZIPPED, Archive, Place, place
+from ...formats.torch_zip import REPEATED, UNKNOWN_DTYPE, ZIPPED, Archive, Place, place
 from ...utils.errors import CheckpointError, InstallationError, report, shown
 from ...utils.files import lfs_pointer, why_not_a_file
 from ..layout import BIN, BIN_INDEX, BIN_SHARDS, read_config
@@ -100,7 +101,7 @@ class _WholeFiles:
         if str(tensor.dtype) == "torch.bfloat16":  # numpy knows it only through its bits
             import torch
 
-            return tensor.view(torch.int16).numpy().view(safetensors.DTYPES["BF16"])
+            return tensor.view(torch.int16).numpy().view(DTYPES["BF16"])
         return tensor.numpy()
 
     def close(self) -> None:
@@ -126,7 +127,7 @@ def _load_whole(path: Path) -> dict:
 
 def _trouble(tensor) -> str:
     """What keeps a torch tensor from being read, if anything does."""
-    if str(tensor.dtype) not in TAGS:
+    if str(tensor.dtype) not in TORCH:
         return UNKNOWN_DTYPE.format(tensor.dtype)
     if tensor.is_meta:
         return META
@@ -210,13 +211,13 @@ class TorchBinReader:
             raise CheckpointError(f"{path.name} {_why(error)}") from error
         troubles = {name: trouble for name, trouble in found.items() if isinstance(trouble, str)}
         self._places.update((name, lies) for name, lies in found.items() if name not in troubles)
-        held = {name: Stored(TAGS.get(t.dtype, ""), t.shape, path.name) for name, t in tensors.items()}
+        held = {name: Stored(TORCH.get(t.dtype, ""), t.shape, path.name) for name, t in tensors.items()}
         return held, troubles
 
     def _look_into_whole(self, path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         tensors = self._whole_files.tensors(path.name)
         troubles = {name: trouble for name, tensor in tensors.items() if (trouble := _trouble(tensor))}
-        held = {n: Stored(TAGS.get(str(t.dtype), ""), tuple(t.shape), path.name) for n, t in tensors.items()}
+        held = {n: Stored(TORCH.get(str(t.dtype), ""), tuple(t.shape), path.name) for n, t in tensors.items()}
         self.notes.append(
             f"{path.name} is in torch's format from before 1.6, which cannot be mapped: it is read into memory whole"
         )

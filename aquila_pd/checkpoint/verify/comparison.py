@@ -11,7 +11,8 @@ from pathlib import Path
 from ...architecture import families
 from ...architecture.weight_map import BASE_MODEL_PREFIX, Weight
 from ...formats import safetensors
-from ...formats.safetensors import DEFAULT_SHARD_SIZE, FLOATS, TensorInfo
+from ...formats.dtypes import FLOATS
+from ...formats.safetensors import DEFAULT_SHARD_SIZE, TensorInfo
 from ...utils.errors import CheckpointError, ConfigError, VerificationError, report, shown_value
 from ..layout import CONFIG, read_config
 from ..plan import TAGS, make_plan

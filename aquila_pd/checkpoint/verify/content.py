@@ -14,7 +14,8 @@ import numpy as np
 
 from ...architecture.weight_map import Weight, weights
 from ...formats import safetensors
-from ...formats.safetensors import DTYPES, FLOATS, TensorInfo
+from ...formats.dtypes import DTYPES, FLOATS
+from ...formats.safetensors import TensorInfo
 from ...utils.errors import VerificationError, report
 from ...utils.progress import Progress
 from ..io.pipeline import buffer_size, in_order
@@ -85,7 +86,7 @@ def _compare(
         for rows in parts(held[name].shape, max(4, DTYPES[held[name].dtype].itemsize), buffer_size(workers))
     ]
     last = dict(tasks)
-    progress = Progress("verify", total=sum(info.nbytes for info in held.values()), tensors=len(last))
+    total = sum(info.nbytes for info in held.values())
     found = {name: Differences() for name in wanted}
 
     def work(task: tuple[str, slice]) -> tuple[str, slice, Differences]:
@@ -93,11 +94,13 @@ def _compare(
         weight = wanted[name]
         return name, rows, _compare_part(source, weight, held[name], rows, turned=target.turns(weight))
 
-    with closing(in_order(work, tasks, workers=workers)) as results:
+    with (
+        Progress("verify", total=total, tensors=len(last)) as progress,
+        closing(in_order(work, tasks, workers=workers)) as results,
+    ):
         for name, rows, differences in results:
             found[name].add(differences)
             progress.advance(differences.compared * DTYPES[held[name].dtype].itemsize, int(rows is last[name]))
-    progress.close()
     return found
 
 

@@ -15,12 +15,14 @@ source has them. What it differs by is the price of that dtype, reported and not
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ...utils.errors import VerificationError, report
-from ...utils.progress import duration
+from ...utils.progress import Bar, Timer
+from ...utils.units import duration
 from .comparison import Sides
 from .drift import FACTOR, UNSOUND, Drift, DriftTotal, LogitDrift, LogitTotal, Pair, Place, drift, floor_for
 from .independent import recomputed
@@ -28,7 +30,6 @@ from .logits import llama_config
 from .result import Verified
 
 SLICE = 16 << 20  # values of the head in memory at a time
-SECONDS = 10  # between lines of progress
 FLOAT32 = ("ours", "control")  # the streams that are judged and that judge
 LISTED = 12  # places named in a message
 
@@ -107,9 +108,10 @@ def run_layerwise(sides: Sides, ids: np.ndarray, *, say: Callable[[str], None] =
         places = {weight.hf: (sides.held[weight.paddle], weight.transpose) for weight in sides.weights}
         proof.anew = recomputed(sides.source, places)
     proof.places.append(_embedding(streams, sides.source.dims.vocab))
-    for i in _with_progress(config.num_hidden_layers, proof.seconds, say):
-        proof.places += _run_layer(streams, i)
-        weights.let_go()
+    with closing(_with_progress(config.num_hidden_layers, proof.seconds, say)) as layers:
+        for i in layers:
+            proof.places += _run_layer(streams, i)
+            weights.let_go()
     proof.places.append(_run_norm(streams))
     vocabulary = sides.source.dims.vocab
     proof.places.append(_run_head(streams, vocabulary, proof.logits))
@@ -197,17 +199,20 @@ def _against(x: dict[str, np.ndarray], reference: np.ndarray) -> dict[str, Drift
 
 
 def _with_progress(layers: int, seconds: list[float], say: Callable[[str], None]) -> Iterator[int]:
-    """Count through the layers, note how long each took, and say now and then how far it is."""
-    begin = said = time.monotonic()
-    for i in range(layers):
-        start = time.monotonic()
-        yield i
-        now = time.monotonic()
-        seconds.append(now - start)
-        if now - said >= SECONDS and i + 1 < layers:
-            left = (now - begin) / (i + 1) * (layers - i - 1)
-            say(f"  layer {i + 1} of {layers}, {seconds[-1]:.1f} s each, about {duration(left)} left")
-            said = now
+    """The numbers of the layers; appends the seconds of each and reports progress in between."""
+    timer, bar = Timer(), Bar("layers", layers)
+    try:
+        for i in range(layers):
+            start = time.monotonic()
+            yield i
+            seconds.append(time.monotonic() - start)
+            left = timer.seconds / (i + 1) * (layers - i - 1)
+            words = f"layer {i + 1} of {layers}, {seconds[-1]:.1f} s each, about {duration(left)} left"
+            bar.update(words, i + 1)
+            if not bar.is_drawn and timer.due() and i + 1 < layers:
+                say(f"  {words}")
+    finally:
+        bar.close()
 
 
 # ------------------------------------------------------------------------------------------------- messages

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from ...formats.safetensors import FLOATS
+from ...formats.dtypes import FLOATS
 from ..sources import Source
 
 BLOCK = 8 << 20  # values of a matrix in memory at a time where it is used in slices: 64 MB of float64

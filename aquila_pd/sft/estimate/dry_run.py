@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...utils.errors import AquilaError
-from ...utils.progress import counted, duration
+from ...utils.units import counted, duration
 from ..loop.schedule import warmup_steps
 from ..recipe.load import Recipe, Stage
 from .flops import parameters, trained_parameters

@@ -14,7 +14,7 @@ from ...data.pipeline import DataFile, data_files
 from ...data.samples import Samples
 from ...data.sources import read_rows
 from ...utils.errors import DataError
-from ...utils.progress import counted
+from ...utils.units import counted
 from ..recipe.load import Stage
 from .memory import Rows
 

@@ -2,19 +2,16 @@
 
 from typing import TextIO
 
+from ...utils.progress import Display, bar_row, can_draw
 from .records import EvalRecord, Reported, StageInfo
 from .words import eval_line, left_words, stage_lines, step_line, step_words
 
-NAME_WIDTH, LEFT_WIDTH = 20, 16  # characters of a stage's name, and of "10 h 59 min left"
-PER_SECOND = 8  # times the bar is drawn at most
+LEFT_WIDTH = 16  # characters of "10 h 59 min left"
 
 
 def screen(stream: TextIO) -> "Lines | Bar":
     """A bar where the stream is a terminal that can move its cursor, lines elsewhere."""
-    from rich.console import Console
-
-    console = Console(file=stream, highlight=False, soft_wrap=False)
-    return Bar(console) if console.is_terminal and not console.is_dumb_terminal else Lines(stream)
+    return Bar(stream) if can_draw(stream) else Lines(stream)
 
 
 class Lines:
@@ -49,40 +46,27 @@ class Bar:
       lr 8.10e-06  grad 0.840  1,234 tok/s each  pad 0.4%  MFU 41%  GPU 61.2 GiB
     """
 
-    def __init__(self, console):
-        self.console = console
-        self.live = None
-        self.drawn = 0.0
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.display = Display(stream, transient=False)
 
     def start(self, info: StageInfo) -> None:
-        from rich.live import Live
-
         self.close()
         self.said("\n".join(stage_lines(info)))
-        self.live = Live(console=self.console, auto_refresh=False, transient=False)
-        self.live.start()
+        self.display = Display(self.stream, transient=False)
 
     def step(self, reported: Reported) -> None:
-        if self.live is not None:
-            now = self.console.get_time()
-            due = now - self.drawn >= 1 / PER_SECOND
-            self.drawn = now if due else self.drawn
-            self.live.update(_panel(reported), refresh=due)
+        self.display.show(_panel(reported))
 
     def evaluated(self, record: EvalRecord) -> None:
         self.said(eval_line(record))
 
     def said(self, text: str) -> None:
-        if self.live is not None:
-            self.live.refresh()  # or the bar below the text would be the one drawn last
-        self.console.print(text, markup=False, emoji=False)
+        self.display.print(text)
 
     def close(self) -> None:
         """Leave the bar as it stands and give the cursor back."""
-        if self.live is not None:
-            self.live.refresh()
-            self.live.stop()
-            self.live = None
+        self.display.close()
 
 
 def is_due(reported: Reported, every: int) -> bool:
@@ -93,20 +77,11 @@ def is_due(reported: Reported, every: int) -> bool:
 
 def _panel(reported: Reported):
     from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
     from rich.text import Text
 
     record = reported.record
-    bar = ProgressBar(
-        total=record.steps, completed=record.step, complete_style="cyan", finished_style="green", style="bright_black"
-    )
     # as wide on every step, so that the bar's length does not tremble
     counts = f"{record.step:>{len(str(record.steps))}}/{record.steps}"
     words = f" {counts}  loss {record.loss:.4f}  {left_words(reported):<{LEFT_WIDTH}}"
-    row = Table.grid(padding=(0, 1), expand=True)
-    row.add_column(max_width=NAME_WIDTH, no_wrap=True, overflow="ellipsis")
-    row.add_column(ratio=1, no_wrap=True)
-    row.add_column(no_wrap=True)
-    row.add_row(record.stage, bar, words)
-    return Group(row, Text("  " + "  ".join(step_words(reported)), style="dim", no_wrap=True, overflow="ellipsis"))
+    details = Text("  " + "  ".join(step_words(reported)), style="dim", no_wrap=True, overflow="ellipsis")
+    return Group(bar_row(record.stage, record.step, record.steps, words), details)

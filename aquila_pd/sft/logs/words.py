@@ -2,7 +2,7 @@
 
 import math
 
-from ...utils.progress import duration
+from ...utils.units import duration
 from .records import EvalRecord, Reported, StageInfo
 
 GIB = 1024  # MiB

@@ -22,7 +22,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ...formats.safetensors import DTYPES, Entry, Shard, TensorInfo, bits, plan_shards, read_header, view, write_shard
+from ...formats.dtypes import DTYPES
+from ...formats.safetensors import Entry, Shard, TensorInfo, bits, plan_shards, read_header, view, write_shard
 from ...utils.errors import CheckpointError, TrainingError, report
 from ...utils.files import hash_file, read_object, sync, write_json
 

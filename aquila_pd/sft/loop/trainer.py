@@ -21,7 +21,7 @@ import paddle
 import paddle.distributed as dist
 
 from ...data.epoch_order import derive_key
-from ...formats.safetensors import FLOATS
+from ...formats.dtypes import FLOATS
 from ...quantization.nf4 import dtype_name
 from ...runtime.base import TRAINER_STATE_NAME, Trainer, TrainerCallback, TrainingArguments
 from ...utils.errors import CheckpointError, TrainingError, report

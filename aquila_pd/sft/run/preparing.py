@@ -1,6 +1,7 @@
 """The rows of a stage, prepared in the run folder for the model that will be trained on them."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from ...data.counters import Counters
@@ -11,6 +12,7 @@ from ...text.loading import check_folder, quiet, stop_ids_of
 from ...text.prompts import ChatPrompts
 from ...tokenizer import AquilaTokenizer
 from ...utils.errors import CheckpointError, ConfigError, DataError
+from ...utils.progress import Bar
 from ..estimate.stage import Model
 from ..loop.batches import Packs
 from ..recipe.load import Recipe, Stage
@@ -38,18 +40,17 @@ def prepare_stage(recipe: Recipe, stage: Stage, run: RunFolder, *, workers: int 
     has no embedding for.
     """
     prompts = prompts_of(recipe, stage)
-    show = _Line(stage.name)
-    found = prepare(
-        stage.data,
-        prompts,
-        length=stage.length,
-        seed=recipe.seed,
-        folder=run.data(stage.name),
-        workers=workers,
-        progress=show,
-        note=lambda line: print(f"  {line}", file=sys.stderr),
-    )
-    show.close()
+    with closing(Bar(f"{stage.name}:")) as bar:
+        found = prepare(
+            stage.data,
+            prompts,
+            length=stage.length,
+            seed=recipe.seed,
+            folder=run.data(stage.name),
+            workers=workers,
+            progress=lambda done: bar.update(_words(done)),
+            note=lambda line: print(f"  {line}", file=sys.stderr),
+        )
     if stage.evaluates and found.held_out is None:
         raise DataError(
             f"Stage {stage.name} shall be evaluated, and not one row was left for that.\n"
@@ -105,18 +106,5 @@ def packs_of(recipe: Recipe, stage: Stage, run: RunFolder) -> tuple[Packs, Packs
     return packs(TRAIN, stage.epochs, most), packs(HELD_OUT, 1) if has_held_out else None
 
 
-class _Line:
-    """Progress in one line that is written over, on a terminal alone."""
-
-    def __init__(self, stage: str):
-        self._stage, self._shown = stage, sys.stderr.isatty()
-
-    def __call__(self, progress: Progress) -> None:
-        if self._shown:
-            where = f"file {progress.file} of {progress.files}"
-            line = f"\r{self._stage}: {progress.rows:,} rows, {progress.tokens:,} tokens, {where}\033[K"
-            print(line, end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+def _words(done: Progress) -> str:
+    return f"{done.rows:,} rows, {done.tokens:,} tokens, file {done.file} of {done.files}"

@@ -13,6 +13,7 @@ from chat_factory import tiny_chat_folder
 from aquila_pd.chat import batch
 from aquila_pd.generation import Engine, SamplingParams, sampler
 from aquila_pd.text.loading import load
+from aquila_pd.utils import progress
 
 GREEDY = ["--threads", "1", "--temperature", "0", "--max-new-tokens", "8"]
 
@@ -81,7 +82,7 @@ def test_rows_that_finish_early_wait_for_those_before_them(generate, tmp_path, m
 
 
 def test_a_long_run_says_how_far_it_is(generate, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "SECONDS", 0)
+    monkeypatch.setattr(progress, "SECONDS", 0)
     file = write_rows(tmp_path / "in.jsonl", {"prompt": "Hello"}, {"prompt": "a"})
     lines = generate("--file", file)[2].splitlines()
     assert [line.split(",")[0] for line in lines[:2]] == ["  1 of 2 rows", "  2 of 2 rows"]

@@ -23,7 +23,7 @@ from aquila_pd.checkpoint.io import output, staging
 from aquila_pd.utils import command
 from aquila_pd.utils.errors import OutputError
 from aquila_pd.utils.files import files_under
-from aquila_pd.utils.progress import counted
+from aquila_pd.utils.units import counted
 from convert.torch2paddle import main
 
 SCRIPT = ROOT / "convert" / "torch2paddle.py"

@@ -9,8 +9,9 @@ import pytest
 from twins import assert_close, ids, paddle_model, torch_model
 
 from aquila_pd import AquilaForCausalLM
+from aquila_pd.formats.dtypes import DTYPES
 from aquila_pd.formats.mapped import BLOCK, Maps, empty, read_into
-from aquila_pd.formats.safetensors import DTYPES, read_layout, save_tensors, view
+from aquila_pd.formats.safetensors import read_layout, save_tensors, view
 from aquila_pd.ops.fused_linear import FusedLinear
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)

@@ -23,7 +23,6 @@ from aquila_pd.quantization.nf4_values import (
     nested_levels,
     quantize,
     quantize_magnitudes,
-    round_trip,
 )
 from aquila_pd.utils.errors import AquilaError, CheckpointError, ConfigError
 
@@ -37,6 +36,11 @@ def matrix(shape, seed: int = 0, scale: float = 0.02) -> np.ndarray:
     values = rng.normal(scale=scale, size=shape)
     values.flat[:: max(7, values.size // 50)] *= 6
     return values.astype(np.float32)
+
+
+def round_trip(weight: np.ndarray) -> np.ndarray:
+    """The values [out, in] float32 that a weight has after packing."""
+    return dequantize(quantize(weight, "a weight"))
 
 
 def theirs(weight: np.ndarray, *, double: bool = True):

@@ -4,16 +4,12 @@ import io
 import json
 import math
 import mmap
-import os
-import pty
 import re
-import select
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pseudo_terminal import lines_shown, on_a_terminal
 
 from aquila_pd.sft.logs import EvalRecord, Reporter, Silent, StageInfo, StepRecord, open_reporter
 from aquila_pd.sft.logs import curve as curves
@@ -216,7 +212,7 @@ def test_without_a_peak_nothing_is_said_of_mfu(tmp_path):
 BAR = """
 import sys, io
 from pathlib import Path
-from test_sft_logs import *
+from test_logs import *
 with Reporter(Path(sys.argv[1]), stages=["a-stage-with-a-rather-long-name"]) as reporter:
     reporter.start(StageInfo("a-stage-with-a-rather-long-name", 10, flops_per_token=2e9, peak_flops=1e12))
     for step in range(1, 8):
@@ -228,36 +224,8 @@ with Reporter(Path(sys.argv[1]), stages=["a-stage-with-a-rather-long-name"]) as 
 """
 
 
-def on_a_terminal(*arguments: str, columns: int = 80) -> str:
-    """What a terminal of this width gets from the script above."""
-    ours, theirs = pty.openpty()
-    environment = {
-        **os.environ,
-        "TERM": "xterm-256color",
-        "COLUMNS": str(columns),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", BAR, *arguments], stdout=theirs, stderr=subprocess.DEVNULL, env=environment
-    )
-    os.close(theirs)
-    found = b""
-    while select.select([ours], [], [], 30)[0]:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
-        found += piece
-    process.wait(30)
-    os.close(ours)
-    return found.decode()
-
-
 def test_on_a_terminal_a_bar_fits_the_width_and_lines_go_above_it(tmp_path):
-    said = on_a_terminal(str(tmp_path))
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said).replace("\r", "\n")
+    plain = "\n".join(lines_shown(on_a_terminal(BAR, str(tmp_path))))
     assert "[red]a line between[/red]" in plain, "what is said is no markup"
     assert "━" in plain and "7/10" in plain and "10/10" in plain and "loss 1.5000" in plain
     assert "33 h 20 min left" in plain and "MFU" in plain
@@ -265,7 +233,7 @@ def test_on_a_terminal_a_bar_fits_the_width_and_lines_go_above_it(tmp_path):
 
 
 def test_the_terminal_gets_its_cursor_back_when_the_run_is_interrupted(tmp_path):
-    said = on_a_terminal(str(tmp_path), "interrupt")
+    said = on_a_terminal(BAR, str(tmp_path), "interrupt")
     assert "\x1b[?25l" in said and said.rindex("\x1b[?25h") > said.rindex("\x1b[?25l")
 
 

@@ -20,7 +20,8 @@ from aquila_pd.tokenization.chat_templates import (
     TEMPLATES,
     Piece,
     find_template,
-    template_for,
+    template_by_name,
+    template_by_sizes,
     template_of_jinja,
 )
 from aquila_pd.tokenization.convert import write_tokenizer
@@ -426,10 +427,10 @@ LINEAR = {"rope_scaling": {"type": "linear", "factor": 8.0}}
         "somebody's model": None,
     }.items(),
 )
-def test_published_models_are_known_by_name_whatever_their_sizes(name, wanted):
-    for fields in (TINY, SIZES_7B, *([SIZES_34B, SIZES_70B] if name != "somebody's model" else [])):
-        found = template_for(name, fields)
-        assert (found and found.name) == wanted
+def test_published_models_are_known_by_name(name, wanted):
+    known, found = template_by_name(name)
+    assert known == (name != "somebody's model")
+    assert (found and found.name) == wanted
 
 
 @pytest.mark.parametrize(
@@ -451,7 +452,7 @@ def test_published_models_are_known_by_name_whatever_their_sizes(name, wanted):
     ],
 )
 def test_other_names_are_judged_by_sizes_where_these_are_certain(fields, wanted):
-    found = template_for("model", fields)
+    found = template_by_sizes(fields)
     assert (found and found.name) == wanted
 
 

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import pickle
 import random
+import sys
 import threading
 
 import numpy as np
@@ -16,13 +17,15 @@ from hypothesis import strategies as st
 from paths import SHARED
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from aquila_pd import AquilaTokenizer
+from aquila_pd import AquilaTokenizer, tokenizer
+from aquila_pd.formats.byte_level import LETTERS
 from aquila_pd.tokenization import tiktoken as fast
-from aquila_pd.tokenization.tiktoken import FastIds, NoTwin, byte_letters
+from aquila_pd.tokenization.chat_templates import Piece
+from aquila_pd.tokenization.tiktoken import FastIds, NoTwin
+from aquila_pd.utils import cores
 from conftest import SEED
 
 FILES = SHARED / "tokenizer"
-LETTERS = byte_letters()
 LETTER_OF = {byte: letter for letter, byte in LETTERS.items()}
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
@@ -97,7 +100,7 @@ def aquila() -> AquilaTokenizer:
 @pytest.fixture
 def two_threads(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    monkeypatch.setattr(fast.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(cores, "count", lambda: 2)
     monkeypatch.setattr(fast, "SMALLEST_BLOCK", 50)
 
 
@@ -132,7 +135,7 @@ def test_lists_of_merges_that_tiktoken_would_read_otherwise_give_the_library_s_i
 
 def test_without_leaving_out_what_is_never_made_ids_differ(monkeypatch):
     """The control: what the proof asks for is needed."""
-    monkeypatch.setattr(fast, "alone_themselves", lambda made, backend, letters: made)
+    monkeypatch.setattr(fast, "alone_themselves", lambda made, backend: made)
     assert not every_text_agrees(backend_of(ODD[0]))
 
 
@@ -176,13 +179,6 @@ def test_any_list_of_merges_in_any_order_is_equal_or_refused(draws, draw):
     else:
         texts = all_texts("abc", 5) + ["".join(draw.choices("abc", k=130)) for _ in range(5)]  # long: tiktoken's heap
         assert rows(fast_ids(backend), texts) == library(backend, texts)
-
-
-def test_bytes_are_spelled_as_the_library_spells_them():
-    assert sorted(LETTERS) == sorted(pre_tokenizers.ByteLevel.alphabet())
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    for text in ["".join(map(chr, range(0x800))), "北🙂\U0010ffff"]:
-        assert whole.pre_tokenize_str(text)[0][0] == letters(text)
 
 
 def test_ids_that_follow_no_order_come_from_the_vocabulary():
@@ -240,6 +236,31 @@ def test_text_of_every_class_of_character_is_cut_alike(name, texts):
     assert rows(TWINS[name], texts) == library(TRAINED[name], texts)
 
 
+def spans(ids: FastIds, texts: list[str]) -> list[tuple[list, list]]:
+    found = map(ids.encoded, texts)
+    return [(encoded.ids, encoded.spans) for encoded in found]
+
+
+def spans_by_the_library(backend: Tokenizer, texts: list[str]) -> list[tuple[list, list]]:
+    found = backend.encode_batch(texts, add_special_tokens=False)
+    return [(encoding.ids, encoding.offsets) for encoding in found]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(texts=texts_of_classes)
+def test_spans_are_those_of_the_library(name, texts):
+    assert spans(TWINS[name], texts) == spans_by_the_library(TRAINED[name], texts)
+
+
+def test_spans_counted_in_bytes_would_be_seen(monkeypatch):
+    """The control: without characters of several bytes any count of lengths would do."""
+    keep, twin, backend = fast.spans_in, TWINS["gpt-2"], TRAINED["gpt-2"]
+    monkeypatch.setattr(fast, "spans_in", lambda text, lengths: keep("x" * int(lengths.sum()), lengths))
+    assert spans(twin, ["plain"]) == spans_by_the_library(backend, ["plain"])
+    assert spans(twin, ["é"]) != spans_by_the_library(backend, ["é"])
+
+
 @pytest.mark.parametrize("part", [r"\s+(?!\S)|", r"'re|", r"(?![^\s\p{N}])"])
 def test_the_comparison_notices_a_pattern_with_a_part_missing(monkeypatch, part):
     cut = [(steps, pattern.replace(part, "")) for steps, pattern in fast.PATTERNS]
@@ -281,7 +302,7 @@ def test_aquila_gives_the_same_lists_and_arrays_with_and_without(aquila, two_thr
 
 def test_what_the_twin_cannot_take_is_left_to_the_library(aquila):
     for texts in (["a", fast.SEPARATOR], ["\ud800"], [" " * 1_000_001 + "a"]):
-        assert aquila.fast_ids.rows(texts) is None
+        assert aquila.fast_ids.rows(texts) is None and aquila.fast_ids.encoded(texts[-1]) is None
     ends = ["a\U0010fffe", "\U0010ffffb", "\U0010ffff", ""]  # halves of the separator beside it
     assert rows(aquila.fast_ids, ends) == library(aquila.backend, ends)
     with pytest.raises(Exception, match="surrogate"):
@@ -289,10 +310,39 @@ def test_what_the_twin_cannot_take_is_left_to_the_library(aquila):
     assert aquila([])["input_ids"] == [] and aquila([""])["input_ids"] == [[]]
 
 
+def test_a_conversation_has_the_same_ids_and_spans_with_and_without(aquila, monkeypatch):
+    plain = AquilaTokenizer(tokenizer_object=aquila.backend)
+    plain.fast_ids.refuse()
+    asked = []
+    keep = FastIds.encoded
+    monkeypatch.setattr(FastIds, "encoded", lambda ids, text: asked.append(keep(ids, text)) or asked[-1])
+    for text in [*samples(300), "北京 </s> 🙂", "", "half of a pair: \U0001f642"]:
+        pieces = [
+            Piece("Human: ", False, False),
+            Piece(text, False, True),
+            Piece("###Assistant: ", False, False),
+            Piece(text + "é", True, True),
+            Piece("</s>", True, False),
+        ]
+        assert aquila.encode_pieces_with_spans(pieces) == plain.encode_pieces_with_spans(pieces)
+    by_twin = [found for found in asked if found is not None]
+    assert len(by_twin) > 300 and any(100007 in found.ids for found in by_twin)
+
+
+def test_a_converted_folder_s_copy_goes_without_it(aquila, monkeypatch):
+    monkeypatch.setitem(sys.modules, fast.__name__, None)
+    monkeypatch.setattr(tokenizer, "fast_ids_class", tokenizer.fast_ids_class.__wrapped__)
+    alone = AquilaTokenizer(tokenizer_object=aquila.backend)
+    assert alone.fast_ids is None
+    assert alone(["a", "北京</s>"])["input_ids"] == aquila(["a", "北京</s>"])["input_ids"]
+    pieces = [Piece("北京 a</s>", True, False)]
+    assert alone.encode_pieces_with_spans(pieces) == aquila.encode_pieces_with_spans(pieces)
+
+
 def test_split_special_tokens_takes_the_library_s_way(aquila):
-    tokenizer = copy.copy(aquila)
-    tokenizer.split_special_tokens = True
-    assert 100007 not in tokenizer(["</s>"])["input_ids"][0]
+    splitting = copy.copy(aquila)
+    splitting.split_special_tokens = True
+    assert 100007 not in splitting(["</s>"])["input_ids"][0]
     assert aquila(["</s>"])["input_ids"] == [[100007]]
 
 
@@ -339,7 +389,7 @@ def test_a_fork_after_use_and_threads_at_once_are_safe(aquila, two_threads):
     ("value", "count"), [("false", 1), ("0", 1), ("OFF", 1), ("", 1), ("true", 2), (None, 2)], ids=str
 )
 def test_threads_follow_the_library_s_variable(monkeypatch, value, count):
-    monkeypatch.setattr(fast.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(cores, "count", lambda: 2)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
     if value is not None:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)

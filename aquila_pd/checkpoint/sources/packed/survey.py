@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ....formats import safetensors
+from ....formats import dtypes, safetensors
 from ..reader import Reader, Stored
 
 FLOATS = ("F16", "BF16", "F32")
@@ -99,7 +99,7 @@ def unpacking_note(count: int, name: str, scales: set[str]) -> str:
 
     scales: the dtypes of their scales. The product of a 16-bit float and a small integer is exact in float32.
     """
-    half = safetensors.FLOATS[next(iter(scales))] if scales in ({"F16"}, {"BF16"}) else None
+    half = dtypes.FLOATS[next(iter(scales))] if scales in ({"F16"}, {"BF16"}) else None
     rounding = f" without rounding; --dtype {half} rounds each value once, as torch does" if half else ""
     return f"{count} tensors are packed as {name} and are unpacked to float32{rounding}"
 
