@@ -3,20 +3,16 @@
 It is filled as FOLDER.partial, under a lock that the system lets go of however the run ends, and renamed at the end.
 """
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from ..utils.atomic import PARTIAL, open_lock, rename_new, sync, sync_tree
 from ..utils.errors import OutputError
-from ..utils.files import sync
 
 LOCK = ".lock"
-PARTIAL = ".partial"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
 
 
 @contextmanager
@@ -40,9 +36,8 @@ def building(folder: Path) -> Iterator[Path]:
                 raise OutputError(f"{folder} is there already. Use it, or choose another folder.")
             _empty(partial)
             yield partial
-            for path in [*sorted(partial.rglob("*")), partial]:
-                sync(path)
-            _rename(partial, folder)
+            sync_tree(partial)
+            _commit(partial, folder)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             error.add_note(f"Nothing was left behind at {folder}.")
@@ -54,7 +49,7 @@ def building(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(partial: Path, folder: Path) -> Iterator[None]:
     try:
-        descriptor = _open_lock(partial)
+        descriptor, _ = open_lock(partial / LOCK)
     except BlockingIOError:
         raise OutputError(f"Another run is making {folder}. Wait for it, or choose another folder.") from None
     except OSError as error:
@@ -65,29 +60,6 @@ def _locked(partial: Path, folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_lock(partial: Path) -> int:
-    while True:
-        partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _lock(descriptor)
-            with suppress(FileNotFoundError):  # it went away with a run that ended between these lines
-                if os.path.samestat(os.fstat(descriptor), (partial / LOCK).stat()):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:  # without locks somebody else has to see that one run is at it
-            raise
-
-
 def _empty(partial: Path) -> None:
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -96,12 +68,10 @@ def _empty(partial: Path) -> None:
             path.unlink()
 
 
-def _rename(partial: Path, folder: Path) -> None:
+def _commit(partial: Path, folder: Path) -> None:
     try:
-        partial.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
+        rename_new(partial, folder)
+    except FileExistsError as error:
         raise OutputError(
             f"While this run was writing, {folder} appeared. Use it, or choose another folder."
         ) from error

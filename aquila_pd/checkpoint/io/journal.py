@@ -22,6 +22,9 @@ from .pipeline import in_order
 
 JOURNAL = "conversion-journal.json"
 LOCK = "conversion.lock"  # held by the run that writes here
+# In the staging folder, no part of the model; removed in this order, so that a journal without lock tells of a run
+# that was killed at its very end.
+OF_THE_RUN = (LOCK, JOURNAL)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,16 @@ def read_fingerprint(folder: Path) -> object:
         return json.loads((folder / JOURNAL).read_text("utf-8"))["for"]
     except (OSError, *JSON_ERRORS, KeyError, TypeError):
         return None
+
+
+def remove_files_of_the_run(folder: Path) -> None:
+    """Remove lock and journal from a folder that is complete."""
+    try:
+        for name in OF_THE_RUN:
+            (folder / name).unlink(missing_ok=True)
+    except KeyboardInterrupt:  # the folder is complete: it is not left with one of them
+        remove_files_of_the_run(folder)
+        raise
 
 
 def _remove(path: Path) -> None:

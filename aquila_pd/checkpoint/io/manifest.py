@@ -10,16 +10,17 @@ from ...utils.errors import CheckpointError
 from ...utils.files import files_under, hash_file, read_object, write_json
 from ..layout import CONFIG
 from ..plan import Plan
+from .journal import OF_THE_RUN
 from .pipeline import in_order
 
 MANIFEST = "conversion-manifest.json"
 
 
-def write_manifest(folder: Path, plan: Plan, hashes: dict[str, str], *, without: set[str]) -> None:
-    """Write the manifest of all files in a folder. hashes: those already known; without: names that will not stay."""
+def write_manifest(folder: Path, plan: Plan, hashes: dict[str, str]) -> None:
+    """Write the manifest of all files in a folder that will stay. hashes: those already known."""
     files = {}
     for name in files_under(folder):
-        if name not in without | {MANIFEST}:
+        if name not in (MANIFEST, *OF_THE_RUN):
             path = folder / name
             files[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or hash_file(path)}
     about = {

@@ -5,18 +5,15 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from ...formats.safetensors import SHARDS
+from ...utils.atomic import PARTIAL
 from ...utils.errors import CheckpointError, OutputError, report
 from ...utils.files import files_under, hash_file
-from .journal import JOURNAL, LOCK
+from .journal import JOURNAL, OF_THE_RUN
 from .manifest import MANIFEST, read_manifest
 
 SPARE = 64 * 10**6  # bytes beside the weights: tokenizer, code, headers
 SMALL = 16 * 10**6  # bytes of a file that is hashed to see whether somebody changed it
 CACHE = "__pycache__"  # appears when the code in the folder is used
-PARTIAL = ".partial"
-# In the staging folder, no part of the model; removed in this order, so that a journal without lock tells of a run
-# that was killed at its very end.
-OF_THE_RUN = (LOCK, JOURNAL)
 OF_THE_DISK = "lost+found"  # what a new ext4 disk holds
 
 

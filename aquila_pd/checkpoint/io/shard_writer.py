@@ -4,7 +4,6 @@ The threads cut, cast and turn; this one hashes and writes, so that a file grows
 bytes do not depend on the number of threads.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...formats.safetensors import DTYPES, FLOATS, Entry, Shard, write_shard
+from ...utils.atomic import replacing
 from ...utils.errors import CheckpointError, report
-from ...utils.files import sync
 from ...utils.progress import Progress, counted
 from ..plan import Plan
 from ..sources import Source
@@ -111,11 +110,8 @@ def _write(
             found.setdefault(plan.moves[one.part.entry.name].hf, Counts()).add(one.counts)
             progress.advance(one.nbytes, int(one.part.last))
 
-    partial = journal.folder / f".{shard.file}.partial"
-    digest = write_shard(partial, shard, pieces(), framework=plan.target.tag, fsync=fsync)
-    os.replace(partial, journal.folder / shard.file)
-    if fsync:
-        sync(journal.folder)
+    with replacing(journal.folder / shard.file, fsync=fsync) as partial:
+        digest = write_shard(partial, shard, pieces(), framework=plan.target.tag)
     nonfinite = {name: counts.nonfinite for name, counts in found.items() if counts.nonfinite}
     overflowed = {name: counts.overflowed for name, counts in found.items() if counts.overflowed}
     if overflowed:  # not after the last shard, which may be hours away
