@@ -16,8 +16,9 @@ import numpy as np
 
 from ..checkpoint.sources import ALL, Source
 from ..checkpoint.targets import TORCH
+from ..formats.nf4 import NF4, dequantize
 from ..formats.safetensors import view
-from ..quantization.nf4_values import NF4, dequantize, quantize
+from ..quantization.encode import quantize
 from ..utils.errors import CheckpointError, report
 from .lora_math import scaling_of
 from .peft_files import Adapter
