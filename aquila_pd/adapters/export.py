@@ -1,8 +1,8 @@
-"""What was trained as a plain model folder: an adapter merged into the files of its base, part by part.
+"""Adapter export: merge into the base's weights as a streaming conversion, or copy the adapter alone.
 
-The folder is what `aquila-pd convert` would have made of the merged model: weights, configuration, tokenizer, code,
-manifest. Like a conversion it holds a few hundred megabytes in memory whatever the model's size, appears whole or not
-at all, and goes on where a killed run of the same command has stopped.
+The merged folder is what `aquila-pd convert` would have made of the merged model: weights, configuration, tokenizer,
+code, manifest. Memory stays at a few hundred megabytes whatever the model's size, the commit is atomic, and the same
+command resumes after a kill.
 """
 
 import shutil
@@ -44,7 +44,7 @@ def merge_folder(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write a model folder of a base's weights with an adapter merged into them; None writes the base itself.
+    """Merge an adapter into the weights of its base and write a model folder; adapter None writes the base itself.
 
     base: a folder of Paddle weights, or of torch's. The adapter is added in float32 and each value rounded once to the
     dtype it has in the base. onto: the weights the adapter was "trained" on, which for QLoRA are those left of NF4, or
@@ -111,7 +111,7 @@ def _plan(base: Source, source: MergedSource, template: str | None) -> Plan:
 
 
 def describe(source: MergedSource, plan: Plan, output: Path) -> str:
-    """What will be done, in lines for a person."""
+    """The plan of a merge as text."""
     adapter, lines = source.adapter, [f"Export {plan.source}"]
     if adapter is not None:
         spec = adapter.spec
@@ -144,7 +144,7 @@ def _prepare_tokenizer(plan: Plan, folder: Path) -> None:
 
 
 def copy_adapter(adapter: Path | str, output: Path | str, *, base: str | None = None) -> None:
-    """Copy an adapter's files, for transformers and peft. base: the model it shall name, a folder or a hub's id.
+    """Copy an adapter's files, for transformers and peft. base: the base model to record, a folder or a hub id.
 
     Raises CheckpointError for files that are no adapter, OutputError when something is at the output.
     """

@@ -1,4 +1,4 @@
-"""The manifest of a folder we wrote: each file with its size and hash, so that anybody can check it later.
+"""Manifest of an output folder: size and sha256 of each file, for a later integrity check.
 
 It holds no time, path or machine: the same weights and options give the same manifest, byte for byte.
 """
@@ -17,7 +17,7 @@ MANIFEST = "conversion-manifest.json"
 
 
 def write_manifest(folder: Path, plan: Plan, hashes: dict[str, str]) -> None:
-    """Write the manifest of all files in a folder that will stay. hashes: those already known."""
+    """Write the manifest of a staging folder's files, lock and journal left out. hashes: those already known."""
     files = {}
     for name in files_under(folder):
         if name not in (MANIFEST, *OF_THE_RUN):
@@ -53,7 +53,7 @@ def _is_inside(name: str) -> bool:
 
 
 def check_manifest(folder: Path, *, workers: int) -> tuple[int, list[str], list[str]]:
-    """Hash every file a manifest names; how many agree, a line for each that does not, and files it does not name."""
+    """Hash the files of a manifest: count that match, a finding for each that does not, files it does not name."""
     expected = read_manifest(folder)
     present = [name for name in sorted(expected) if (folder / name).is_file()]
     findings = [f"missing     {name}" for name in sorted(set(expected) - set(present))]

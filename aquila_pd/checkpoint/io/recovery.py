@@ -1,4 +1,4 @@
-"""Recovery after SIGKILL or a crash: puts an output back that was killed in the middle of its commit.
+"""Recovery of an output whose run was killed during its commit: rolled back to the staging folder.
 
 A commit is one rename, or the moves of files into an empty folder, or with --overwrite two renames. Which of these was
 under way shows in where the journal and the lock lie. A run that still holds its lock is left alone.
@@ -16,7 +16,7 @@ from .output import is_empty_folder, names_in
 
 
 def undo_killed(output: Path, fingerprint: dict) -> list[str]:
-    """Put things back where a run that was killed while its output appeared can be done again; say what was done."""
+    """Roll back a commit that was killed, so that its run can be resumed; returns a line for each action."""
     output = output.resolve()
     said = _undo_moves(output) or _undo_rename(output, fingerprint)
     return said + _restore_replaced(output)

@@ -76,11 +76,11 @@ class Stage:
 def staging(
     output: Path, *, overwrite: bool = False, fsync: bool = False, say: Callable[[str], None] = print
 ) -> Iterator[Stage]:
-    """A locked folder, which takes the output's place when the block ends without an error.
+    """Lock the staging folder, and commit it to `output` when the block ends without an error.
 
     What was at `output` is as before after any error. The folder stays for a later run when shards are finished and
     another try can help (a full disk, Ctrl-C); otherwise it is removed. Which, is a note on the error. An earlier
-    output is removed last, when the new one is complete: what cannot be removed is said, and no error.
+    output is removed last, when the new one is complete: a failure to remove it is a warning.
     fsync: the names of all files are on the disk before the output appears, and it itself when the block has ended.
     """
     output = output.resolve()
@@ -114,7 +114,7 @@ def staging(
 
 @contextmanager
 def completed(output: Path) -> Iterator[None]:
-    """What stops a run now no longer undoes it, and carries a note that says so."""
+    """After the commit: an interruption no longer undoes the output, and its error carries a note about that."""
     try:
         yield
     except (KeyboardInterrupt, OSError) as error:

@@ -16,7 +16,7 @@ from ....utils.errors import shown, shown_value
 from ....utils.files import JSON_ERRORS, parse_json
 from ..reader import Reader, Stored
 from . import survey
-from .settings import Said
+from .settings import Settings
 from .survey import Survey
 
 KINDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -60,11 +60,13 @@ class NF4Matrix:
         return self.decoder.decode(partial(reader.read, self.weight), partial(reader.read, self.absmax), rows, columns)
 
 
-def find(reader: Reader, said: Said) -> Survey:
+def find(reader: Reader, settings: Settings) -> Survey:
     """All matrices of the checkpoint, or what stands in the way of reading them."""
-    found = Survey(notes=said.unread({*KNOWN, *IGNORED}), findings=said.refused(KNOWN))
-    if not (said.get("load_in_4bit", said.get("_load_in_4bit"))):
-        found.findings.append(f"{said.file} does not say load_in_4bit = True; nothing else of bitsandbytes is known")
+    found = Survey(notes=settings.unread({*KNOWN, *IGNORED}), findings=settings.refused(KNOWN))
+    if not (settings.get("load_in_4bit", settings.get("_load_in_4bit"))):
+        found.findings.append(
+            f"{settings.file} does not say load_in_4bit = True; nothing else of bitsandbytes is known"
+        )
     if found.findings:
         return found
     modules = survey.group_names(reader.stored, (*KINDS, STATE, *OTHER_STATES))
