@@ -3,13 +3,12 @@
 It is filled as FOLDER.partial, under a lock that the system lets go of however the run ends, and renamed at the end.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..utils.atomic import PARTIAL, open_lock, rename_new, sync, sync_tree
+from ..utils.atomic import PARTIAL, locked, rename_new, sync, sync_tree
 from ..utils.errors import OutputError
 
 LOCK = ".lock"
@@ -30,7 +29,12 @@ def building(folder: Path) -> Iterator[Path]:
             f"{folder} would be written as {partial} first, and that is there and was made by no run of this program. "
             "Remove it yourself if you mean it, or choose another folder."
         )
-    with _locked(partial, folder):
+    lock = locked(
+        partial / LOCK,
+        busy=lambda holder: f"Another run is making {folder}. Wait for it, or choose another folder.",
+        failed=lambda reason: f"{folder} cannot be made: {reason}. Choose a place you may write to.",
+    )
+    with lock:
         try:
             if folder.exists():  # another run may have finished just now
                 raise OutputError(f"{folder} is there already. Use it, or choose another folder.")
@@ -44,20 +48,6 @@ def building(folder: Path) -> Iterator[Path]:
             raise
         (folder / LOCK).unlink()
         sync(folder.parent)
-
-
-@contextmanager
-def _locked(partial: Path, folder: Path) -> Iterator[None]:
-    try:
-        descriptor, _ = open_lock(partial / LOCK)
-    except BlockingIOError:
-        raise OutputError(f"Another run is making {folder}. Wait for it, or choose another folder.") from None
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}. Choose a place you may write to.") from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _empty(partial: Path) -> None:

@@ -8,9 +8,11 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import OutputError
 
 PARTIAL = ".partial"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
@@ -133,6 +135,30 @@ def shared_folder(folder: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------ locks
 
 
+@contextmanager
+def locked(
+    path: Path, *, busy: Callable[[str], str], failed: Callable[[str], str], text: str = ""
+) -> Iterator[tuple[int, bool]]:
+    """open_lock() for a block. Raises OutputError: busy(what the file says of its holder), failed(the system's reason).
+
+    A folder that was made for the lock is removed when an interruption comes first.
+    """
+    try:
+        descriptor, works = open_lock(path, text)
+    except BlockingIOError:
+        raise OutputError(busy(_read(path))) from None
+    except OSError as error:
+        raise OutputError(failed(error.strerror or str(error))) from error
+    except BaseException:
+        with suppress(OSError):  # it holds something, or never came to be
+            path.parent.rmdir()
+        raise
+    try:
+        yield descriptor, works
+    finally:
+        os.close(descriptor)
+
+
 def open_lock(path: Path, text: str = "") -> tuple[int, bool]:
     """Lock a file, made with its folder if need be, until the descriptor is closed or the process ends however it ends.
 
@@ -181,6 +207,13 @@ def _flock(descriptor: int) -> bool:
             raise
         return False
     return True
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip() or "it has only begun"
+    except OSError:
+        return "it has just ended"
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

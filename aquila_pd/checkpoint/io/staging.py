@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...formats.safetensors import INDEX
-from ...utils.atomic import open_lock, rename, rename_new, sync, sync_tree
+from ...utils.atomic import locked, rename, rename_new, sync, sync_tree
 from ...utils.errors import (
     CheckpointError,
     ConfigError,
@@ -27,40 +27,6 @@ from .output import check_existing, names_in, staging_folder
 
 LAST = (INDEX, CONFIG)  # a folder that has these is complete
 FINAL = (CheckpointError, ConfigError, TokenizerError, VerificationError, InstallationError)  # no use to try again
-
-
-@contextmanager
-def _locked(folder: Path, output: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Make the folder and hold its lock.
-
-    Raises OutputError when another run holds it, or nothing can be made there. Where the file system has no locks, the
-    run goes on without, and says so.
-    """
-    try:
-        descriptor, works = open_lock(folder / LOCK)
-    except BlockingIOError:
-        raise OutputError(
-            f"Another conversion is writing {output} ({_holder(folder)}). Wait for it, or choose another output."
-        ) from None
-    except OSError as error:
-        raise OutputError(f"{output} cannot be made: {error.strerror}. Choose a place you may write to.") from error
-    except BaseException:
-        with suppress(OSError):  # it holds something, or never came to be
-            folder.rmdir()
-        raise
-    try:
-        if not works:
-            say(f"  warning   the file system of {folder.parent} has no locks: see that no other run writes there")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _holder(folder: Path) -> str:
-    try:
-        return (folder / LOCK).read_text("utf-8") or "it has only begun"
-    except OSError:
-        return "it has just ended"
 
 
 @dataclass
@@ -78,17 +44,26 @@ def staging(
 ) -> Iterator[Stage]:
     """Lock the staging folder, and commit it to `output` when the block ends without an error.
 
-    What was at `output` is as before after any error. The folder stays for a later run when shards are finished and
-    another try can help (a full disk, Ctrl-C); otherwise it is removed. Which, is a note on the error. An earlier
-    output is removed last, when the new one is complete: a failure to remove it is a warning.
+    Raises OutputError when another run holds the lock. What was at `output` is as before after any error. The folder
+    stays for a later run when shards are finished and another try can help (a full disk, Ctrl-C); otherwise it is
+    removed. Which, is a note on the error. An earlier output is removed last, when the new one is complete: a failure
+    to remove it is a warning.
     fsync: the names of all files are on the disk before the output appears, and it itself when the block has ended.
     """
     output = output.resolve()
     stage = Stage(staging_folder(output))
-    into = stage.folder.parent == output
+    place = stage.folder.parent
+    into = place == output
     made = [parent for parent in output.parents if not parent.exists()]
-    with _locked(stage.folder, output, say):
-        for folder in [stage.folder.parent, *(parent.parent for parent in made)] if fsync else []:
+    lock = locked(
+        stage.folder / LOCK,
+        busy=lambda by: f"Another conversion is writing {output} ({by}). Wait for it, or choose another output.",
+        failed=lambda reason: f"{output} cannot be made: {reason}. Choose a place you may write to.",
+    )
+    with lock as (_, works):
+        if not works:
+            say(f"  warning   the file system of {place} has no locks: see that no other run writes there")
+        for folder in [place, *(parent.parent for parent in made)] if fsync else []:
             sync(folder)
         try:
             yield stage

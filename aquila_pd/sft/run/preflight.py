@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...data.pipeline import data_files
 from ...text.loading import check_folder
-from ...utils.atomic import open_lock
-from ...utils.errors import OutputError, TrainingError
+from ...utils.atomic import locked
+from ...utils.errors import TrainingError
 from ..recipe.load import Recipe, Stage
 from .folder import RunFolder
 from .manifest import FILE as MANIFEST
@@ -36,19 +36,18 @@ def alone(folder: Path) -> Iterator[int]:
 
     Raises OutputError when another process does, or the folder cannot be made.
     """
-    try:
-        descriptor, works = open_lock(folder / LOCK, str(os.getpid()))
-    except BlockingIOError:
-        holder = (folder / LOCK).read_text("utf-8").strip() or "?"
-        raise OutputError(f"Process {holder} is training in {folder}. Wait for it, or choose another output.") from None
-    except OSError as error:
-        raise OutputError(f"The run folder {folder} cannot be written: {error.strerror or error}.") from error
-    try:
+    lock = locked(
+        folder / LOCK,
+        text=str(os.getpid()),
+        busy=lambda pid: (
+            f"Process {pid if pid.isdigit() else '?'} is training in {folder}. Wait for it, or choose another output."
+        ),
+        failed=lambda reason: f"The run folder {folder} cannot be written: {reason}.",
+    )
+    with lock as (descriptor, works):
         if not works:
             print(f"  warning   the file system of {folder} has no locks: see that no other run trains there")
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def open_manifest(recipe: Recipe, run: RunFolder, *, devices: int) -> Manifest:

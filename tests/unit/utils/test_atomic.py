@@ -12,6 +12,7 @@ import pytest
 from paths import ROOT
 
 from aquila_pd.utils import atomic
+from aquila_pd.utils.errors import OutputError
 
 HOLD = """
 import sys
@@ -190,6 +191,29 @@ def test_one_process_holds_a_lock_and_a_killed_one_does_not(tmp_path, holder):
     assert not atomic.is_locked(lock) and not atomic.is_locked(tmp_path / "none")
 
 
+def test_who_holds_a_lock_and_what_the_system_refused_are_in_the_error(tmp_path, holder):
+    words = {"busy": lambda by: f"busy: {by}", "failed": lambda reason: f"failed: {reason}"}
+    with pytest.raises(OutputError, match="busy: me"), atomic.locked(tmp_path / "made" / "lock", **words):
+        pass
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="failed: File exists"), atomic.locked(tmp_path / "file" / "lock", **words):
+        pass
+    with pytest.raises(OSError, match="of the block"), atomic.locked(tmp_path / "lock", **words):
+        assert atomic.is_locked(tmp_path / "lock")
+        raise OSError("of the block")
+    assert not atomic.is_locked(tmp_path / "lock")
+
+
+def test_an_interrupted_lock_leaves_no_empty_folder(tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic.locked(tmp_path / "new" / "lock", busy=str, failed=str):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("number", atomic.NO_LOCKS)
 def test_a_file_system_without_locks_is_told_from_a_held_lock(tmp_path, monkeypatch, number):
     def refuse(descriptor, operation):
@@ -199,7 +223,7 @@ def test_a_file_system_without_locks_is_told_from_a_held_lock(tmp_path, monkeypa
     descriptor, works = atomic.open_lock(tmp_path / "lock")
     os.close(descriptor)
     assert not works and not atomic.is_locked(tmp_path / "lock")
-    number = errno.EIO
+    number = errno.EIO  # the control: any other refusal is an error
     with pytest.raises(OSError):
         atomic.open_lock(tmp_path / "lock")
 
