@@ -1,39 +1,35 @@
-"""What was trained as a plain model folder: an adapter merged into the files of its base, part by part.
+"""Adapter export: merge into the base's weights as a streaming conversion, or copy the adapter alone.
 
-The folder is what `aquila-pd convert` would have made of the merged model: weights, configuration, tokenizer, code,
-manifest. Like a conversion it holds a few hundred megabytes in memory whatever the model's size, appears whole or not
-at all, and goes on where a killed run of the same command has stopped.
+The merged folder is what `aquila-pd convert` would have made of the merged model: weights, configuration, tokenizer,
+code, manifest. Memory stays at a few hundred megabytes whatever the model's size, the commit is atomic, and the same
+command resumes after a kill.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..checkpoint.bundle import write_bundle
 from ..checkpoint.chat_template import Recorded, choose_template
 from ..checkpoint.ids import GENERATION_CONFIG, check_vocabulary
-from ..checkpoint.io.journal import Journal, fingerprint
-from ..checkpoint.io.manifest import write_manifest
-from ..checkpoint.io.output import OF_THE_RUN, check_output
+from ..checkpoint.io.output import check_output
 from ..checkpoint.io.pipeline import count_workers
-from ..checkpoint.io.shard_writer import write_weights
-from ..checkpoint.io.staging import completed, staging, undo_killed
+from ..checkpoint.io.staging import completed, staging
 from ..checkpoint.layout import CONFIG, read_json
 from ..checkpoint.plan import Plan, make_plan
 from ..checkpoint.sources import Source, open_source
 from ..checkpoint.targets import PADDLE, find_target
-from ..formats.safetensors import DEFAULT_SHARD_SIZE, INDEX, index_of, write_json
-from ..utils.errors import CheckpointError, ConfigError, OutputError, printable
-from ..utils.files import sync_tree
+from ..checkpoint.transaction import Transaction, disk_failures
+from ..formats.safetensors import DEFAULT_SHARD_SIZE, write_json
+from ..utils.errors import CheckpointError, ConfigError, printable
 from ..utils.units import counted, megabytes
 from .merged_source import MergedSource
 from .peft_files import CONFIG as ADAPTER_CONFIG
 from .peft_files import Adapter, check_fits, open_adapter
 
 ONTO = ("trained", "original")
+ADVICE = " Make room there."  # what helps when the disk fails
 
 
 def merge_folder(
@@ -48,7 +44,7 @@ def merge_folder(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write a model folder of a base's weights with an adapter merged into them; None writes the base itself.
+    """Merge an adapter into the weights of its base and write a model folder; adapter None writes the base itself.
 
     base: a folder of Paddle weights, or of torch's. The adapter is added in float32 and each value rounded once to the
     dtype it has in the base. onto: the weights the adapter was "trained" on, which for QLoRA are those left of NF4, or
@@ -67,22 +63,24 @@ def merge_folder(
         plan = _plan(opened, source, template)
         _prepare_tokenizer(plan, Path(prepared))
         say(describe(source, plan, output))
-        made_for = fingerprint(source, plan)
-        for line in undo_killed(output, made_for):
-            say(line)
-        _check_output(output, source, plan, overwrite=overwrite)
-        with staging(output, overwrite=overwrite, fsync=fsync, say=say) as stage:
-            _check_output(output, source, plan, overwrite=overwrite)  # again, now that no other run can be writing it
-            journal = Journal(stage.folder, made_for)
-            stage.finished, stage.count = lambda: journal.worth_keeping, len(plan.shards)
-            with _failures_of_the_disk(source.files, output):
-                journal.resume(workers=workers, say=say)
-                findings = write_weights(source, plan, journal, workers=workers, fsync=fsync)
-                _complete(plan, journal, Path(prepared), fsync=fsync)
-            if fingerprint(source, plan) != made_for:
-                raise CheckpointError(f"{base} or the adapter changed while it was read. Export again when it is done.")
+        transaction = Transaction(
+            source=source,
+            plan=plan,
+            output=output,
+            tokenizer=Path(prepared),
+            protected=[base, *([opened_adapter.folder] if opened_adapter else [])],
+            changed=f"{base} or the adapter changed while it was read. Export again when it is done.",
+            workers=workers,
+            advice=ADVICE,
+            overwrite=overwrite,
+            fsync=fsync,
+            say=say,
+        )
+        transaction.recover()
+        transaction.check_output()
+        written = transaction.run()
     with completed(output):
-        for line in findings:
+        for line in written.findings:
             say(f"  warning   {printable(line)}")
         say(f"Wrote {counted(len(plan.moves), 'tensor')}, {megabytes(plan.nbytes)}, to {output}.")
 
@@ -113,7 +111,7 @@ def _plan(base: Source, source: MergedSource, template: str | None) -> Plan:
 
 
 def describe(source: MergedSource, plan: Plan, output: Path) -> str:
-    """What will be done, in lines for a person."""
+    """The plan of a merge as text."""
     adapter, lines = source.adapter, [f"Export {plan.source}"]
     if adapter is not None:
         spec = adapter.spec
@@ -133,12 +131,6 @@ def describe(source: MergedSource, plan: Plan, output: Path) -> str:
     return "\n".join(map(printable, [*lines, *(f"  warning   {warning}" for warning in plan.warnings)]))
 
 
-def _check_output(output: Path, source: MergedSource, plan: Plan, *, overwrite: bool) -> None:
-    places = [source.path, *([source.adapter.folder] if source.adapter else [])]
-    for place in places:
-        check_output(output, place, overwrite=overwrite, nbytes=plan.nbytes)
-
-
 def _prepare_tokenizer(plan: Plan, folder: Path) -> None:
     """Make the tokenizer's files before any weight is written: one that cannot be read or used stops the plan."""
     from ..tokenization.convert import TOKENIZER_JSON, write_tokenizer  # imports tokenizers
@@ -148,47 +140,19 @@ def _prepare_tokenizer(plan: Plan, folder: Path) -> None:
         check_vocabulary(folder, plan.fields["vocab_size"])
 
 
-def _complete(plan: Plan, journal: Journal, tokenizer: Path, *, fsync: bool) -> None:
-    """What makes a folder of shards a model, and its manifest."""
-    folder = journal.folder
-    if len(plan.shards) > 1:
-        write_json(folder / INDEX, index_of(plan.shards))
-    write_json(folder / CONFIG, plan.config)
-    write_json(folder / GENERATION_CONFIG, plan.generation)
-    for path in sorted(tokenizer.iterdir()):
-        shutil.copyfile(path, folder / path.name)
-    write_bundle(folder)
-    hashes = {file: finished.sha256 for file, finished in journal.finished.items()}
-    write_manifest(folder, plan, hashes, without=set(OF_THE_RUN))
-    if fsync:
-        sync_tree(folder)
-
-
-@contextmanager
-def _failures_of_the_disk(read: list[Path], output: Path) -> Iterator[None]:
-    """An error of the system while writing becomes an OutputError, unless it is about a file that is read."""
-    try:
-        yield
-    except BrokenPipeError:  # of the progress lines, whose reader is gone
-        raise
-    except OSError as error:
-        if error.filename and Path(error.filename) in read:
-            raise
-        raise OutputError(f"Writing {output} failed: {error.strerror or error}. Make room there.") from error
-
-
 # ---------------------------------------------------------------------------------------------- adapters alone
 
 
 def copy_adapter(adapter: Path | str, output: Path | str, *, base: str | None = None) -> None:
-    """Copy an adapter's files, for transformers and peft. base: the model it shall name, a folder or a hub's id.
+    """Copy an adapter's files, for transformers and peft. base: the base model to record, a folder or a hub id.
 
     Raises CheckpointError for files that are no adapter, OutputError when something is at the output.
     """
     opened, output = open_adapter(adapter), Path(output)
     nbytes = sum(path.stat().st_size for path in opened.files)
     check_output(output, opened.folder, overwrite=False, nbytes=nbytes)
-    with staging(output, say=lambda line: None) as stage, _failures_of_the_disk(opened.files, output):
+    failures = disk_failures(output, reading=opened.files, advice=ADVICE)
+    with staging(output, say=lambda line: None) as stage, failures:
         for path in opened.files:
             shutil.copyfile(path, stage.folder / path.name)
         if base is not None:

@@ -1,9 +1,9 @@
-"""A checkpoint with an adapter merged into it, handed out part by part as any other source of the converter.
+"""A converter source that merges a LoRA adapter into its base while parts of tensors are read.
 
     W + scaling * (A B)^T of an adapted matrix [out, in]; DoRA brings each row to its magnitude; float32
 
-W is what the files hold, or what is left of it after packing in NF4, where the adapter was trained on that. Nothing
-is held but adapters, the four-bit form of a few matrices, and the parts that are asked for.
+W is as stored, or round-tripped through NF4 where the adapter was trained on that (QLoRA). In memory are the adapters,
+the NF4 form of a few matrices, and the parts being read.
 """
 
 import threading
@@ -16,8 +16,9 @@ import numpy as np
 
 from ..checkpoint.sources import ALL, Source
 from ..checkpoint.targets import TORCH
+from ..formats.nf4 import NF4, dequantize
 from ..formats.safetensors import view
-from ..quantization.nf4_values import NF4, dequantize, quantize
+from ..quantization.encode import quantize
 from ..utils.errors import CheckpointError, report
 from .lora_math import scaling_of
 from .peft_files import Adapter
@@ -30,7 +31,7 @@ AT_ONCE = 2**20  # values of which lengths are taken
 
 @dataclass
 class _Matrix:
-    """What is known of a matrix that is merged or packed. factors: A [in, r], B [r, out], magnitude [out] or None;
+    """Cached state of a matrix that is merged or packed. factors: A [in, r], B [r, out], magnitude [out] or None;
     lengths: of the rows of W + update, [out], once they are needed."""
 
     factors: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None
@@ -39,7 +40,7 @@ class _Matrix:
 
 
 class MergedSource:
-    """An open source of a base model and an adapter. adapter: None for the base alone; packed: projections that are
+    """Source of a base model merged with an adapter. adapter: None for the base alone; packed: projections that are
     rounded to NF4 first. Everything else is as of Source.
 
     Raises CheckpointError, in the beginning, for an adapter with NaN or infinite values.
@@ -59,7 +60,7 @@ class MergedSource:
 
     @property
     def config(self) -> dict:
-        """What the output depends on, beside files."""
+        """config.json and the merge options: part of the fingerprint for resume."""
         return {**self.base.config, "merged": [self.adapter and str(self.adapter.spec), list(self.packed)]}
 
     @property
@@ -113,11 +114,11 @@ class MergedSource:
         return dequantize(matrix.packed, rows, columns)
 
     def _merged(self, name: str, matrix: _Matrix, rows: slice, columns: slice) -> np.ndarray:
-        """W + update, before any stretching, float32 of new memory."""
+        """W + update, before DoRA's magnitudes, float32 in new memory."""
         shape = self.tensors[name].shape
         (first, last), (left, right) = rows.indices(shape[0])[:2], columns.indices(shape[1])[:2]
         A, B, _ = matrix.factors
-        # in the memory order of a Paddle file, [in, out], so that nothing is turned twice
+        # in the memory order of a Paddle file, [in, out], so that nothing is transposed twice
         merged = np.array(self._weight(name, matrix, rows, columns).T, np.float32, order="C")
         for i in _grid(left, right, COLUMNS):
             for o in _grid(first, last, ROWS):

@@ -7,7 +7,6 @@ methods (biases, ranks by pattern, weights that changed the base) are refused by
 
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..formats.safetensors import Entry, Shard, TensorInfo, read_header, view, w
 from ..runtime.versions import NAME, VERSION
 from ..sft.recipe.checks import LINEARS
 from ..sft.recipe.schema import LoraSpec
+from ..utils.atomic import replacing
 from ..utils.errors import CheckpointError, OutputError, report, shown_value
 from ..utils.files import read_object, write_json
 
@@ -94,20 +94,17 @@ def save(folder: Path | str, model: "nn.Layer", spec: LoraSpec, *, base: Path | 
         raise OutputError("The model has no adapters to save.")
     entries = [Entry(name, "F32", tuple(value.shape[::-1])) for name, value in state.items()]
     arrays = (np.ascontiguousarray(value.detach().cpu().numpy().T) for value in state.values())
-    partial = folder / f".{TENSORS}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)
         pieces = (array.reshape(-1).view(np.uint8) for array in arrays)
-        write_shard(partial, Shard(TENSORS, tuple(entries)), pieces, framework="pt", fsync=fsync)
-        os.replace(partial, folder / TENSORS)
+        with replacing(folder / TENSORS, fsync=fsync) as partial:
+            write_shard(partial, Shard(TENSORS, tuple(entries)), pieces, framework="pt")
         notes = {"written_by": f"{NAME} {VERSION}", "packed_in_nf4": list(packed_targets(model))}
         write_json(folder / NOTES, notes, fsync=fsync)
         write_json(folder / CONFIG, peft_config(spec, str(base)), fsync=fsync)
     except OSError as error:
         raise OutputError(f"The adapter cannot be written to {folder}: {error.strerror or error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def peft_config(spec: LoraSpec, base: str) -> dict:

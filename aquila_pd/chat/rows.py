@@ -1,7 +1,6 @@
 """The rows `aquila-pd generate` reads and writes, one JSON object a line."""
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..text.loading import Loaded
+from ..utils.atomic import PARTIAL, rename
 from ..utils.errors import AquilaError, ChatError, OutputError, TokenizerError, report, shown_value
 from ..utils.files import JSON_ERRORS, parse_json, why_not_a_file
 from ..utils.units import counted
@@ -118,7 +118,7 @@ class RowFile:
 
     def __init__(self, file: Path | None):
         self.file, self.count = file, 0
-        self.partial = None if file is None else file.with_name(f"{file.name}.partial")
+        self.partial = None if file is None else file.with_name(f"{file.name}{PARTIAL}")
         if self.partial is None:
             self._stream = sys.stdout
         else:
@@ -134,7 +134,7 @@ class RowFile:
         """Give the file its name."""
         if self.partial is not None:
             self._stream.close()
-            os.replace(self.partial, self.file)
+            rename(self.partial, self.file)
 
     def leave(self) -> str:
         """Close without giving the file its name; returns a sentence that says what is kept."""

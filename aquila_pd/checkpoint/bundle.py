@@ -1,4 +1,4 @@
-"""The code a converted folder carries, so that its usage text runs where aquila_pd is not installed.
+"""Code bundle of a converted folder: a verbatim copy of the modules it needs, so it runs without aquila_pd installed.
 
 One subfolder, CODE, holds verbatim copies of the modules that the model and the tokenizer import when they are loaded;
 beside the weights lie four one-line modules under the names of the published Paddle release. What is imported inside a
@@ -27,7 +27,7 @@ ORIGIN = f"# From {NAME} {VERSION}: the code is in {CODE}/.\n"
 
 
 def bundled_files(package: Path = PACKAGE) -> list[str]:
-    """The modules of the bundle as paths inside the package: the roots, and all they import when they are loaded."""
+    """Paths of the bundled modules inside the package: the roots and the closure of their top-level imports."""
     found: set[str] = set()
     waiting = [f"{root}.py" for root in ROOTS]
     while waiting:
@@ -68,7 +68,7 @@ def _run_at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def write_bundle(output: Path, package: Path = PACKAGE) -> list[str]:
-    """Write the code into a converted folder; returns the names of the files, relative to it."""
+    """Write the bundle into a converted folder; returns the relative paths of its files."""
     written = {f"{CODE}/{file}": (package / file).read_bytes() for file in bundled_files(package)}
     written |= {shim: f"{ORIGIN}from {CODE}.{module} import *\n".encode() for shim, module in SHIMS.items()}
     for name, content in written.items():

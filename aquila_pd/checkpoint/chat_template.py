@@ -1,4 +1,4 @@
-"""Which chat template a converted folder records, and why: the one asked for, the source's own, or the known one."""
+"""Choice of the chat template a conversion records: the requested one, the source's own, or the one known for it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -30,7 +30,7 @@ def _folder(text: str) -> Path:
 
 
 def parser(framework: str) -> argparse.ArgumentParser:
-    """The arguments of the conversion to a framework."""
+    """The argument parser of the conversion to a framework."""
     made = argparse.ArgumentParser(description=TO_PADDLE if framework == PADDLE else TO_TORCH)
     made.add_argument("--input", required=True, help=INPUTS[framework])
     made.add_argument("--output", required=True, type=_folder, help="folder to make")
@@ -77,13 +77,13 @@ def parser(framework: str) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, *, framework: str = PADDLE) -> int:
-    """0 when converted and verified, 2 for wrong arguments, else as terminal.run() says."""
+    """Exit status: 0 converted and verified, 2 wrong arguments, else that of command.run()."""
     args = parser(framework).parse_args(argv)
     return run(lambda: _convert(args, framework), left=f"Nothing was left behind; {args.output} is as it was before.")
 
 
 def to_torch(argv: list[str] | None = None) -> int:
-    """The way back."""
+    """paddle2torch."""
     return main(argv, framework=TORCH)
 
 

@@ -1,34 +1,26 @@
-"""From one checkpoint to another: plan, write, verify, appear. Torch to Paddle and back are two targets of one flow."""
+"""Checkpoint conversion, torch to Paddle and back by one flow: plan, write, verify, commit (atomic rename)."""
 
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..architecture import families
 from ..formats import safetensors
-from ..formats.safetensors import INDEX, index_of, write_json
-from ..utils.errors import CheckpointError, ConfigError, OutputError, printable
-from ..utils.files import sync_tree
-from .bundle import write_bundle
+from ..utils.errors import ConfigError, printable
 from .chat_template import Recorded, choose_template
 from .describe import describe, describe_shards
 from .estimate import estimate
 from .hub import find_input
-from .ids import GENERATION_CONFIG, check_vocabulary
-from .io.journal import Journal, fingerprint
-from .io.manifest import read_manifest, write_manifest
-from .io.output import OF_THE_RUN, check_output
+from .ids import check_vocabulary
+from .io.manifest import read_manifest
 from .io.pipeline import count_workers
-from .io.shard_writer import write_weights
-from .io.staging import completed, staging, undo_killed
-from .layout import CONFIG
+from .io.staging import completed
 from .plan import Plan, make_plan
 from .report import Summary, check_report, closing_words, write_report
 from .sources import Source, open_source
 from .targets import PADDLE, PADDLENLP_LLAMA, TORCH, Target, find_target
+from .transaction import Transaction, Written
 from .verify import check_logits_possible, verify_content, verify_logits
 
 VERIFICATIONS = ("none", "content", "logits")
@@ -78,32 +70,35 @@ def convert(
         warnings = [*plan.warnings, *_prepare_tokenizer(opened, plan, Path(prepared))]
         summary = Summary(plan, output, workers, warnings=warnings)
         say("\n".join([describe(plan, output), *_as_lines(warnings)]))
-        made_for = fingerprint(opened, plan)
-        for line in _details(plan, workers) if dry_run else undo_killed(output, made_for):
-            say(line)
-        check_output(output, opened.path, overwrite=overwrite, nbytes=plan.nbytes)
+        transaction = Transaction(
+            source=opened,
+            plan=plan,
+            output=output,
+            tokenizer=Path(prepared),
+            protected=[opened.path],
+            changed=_changed(opened),
+            workers=workers,
+            overwrite=overwrite,
+            fsync=fsync,
+            say=say,
+        )
+        if dry_run:
+            say("\n".join([describe_shards(plan), estimate(plan, workers=workers)]))
+        else:
+            transaction.recover()
+        transaction.check_output()
         check_report(report_file, opened.path, output)
         if verify == "logits":
             check_logits_possible(opened)
         if dry_run:
             say("Dry run: nothing was written" + (", the report neither." if report_file else "."))
             return summary
-        with staging(output, overwrite=overwrite, fsync=fsync, say=say) as stage:
-            # again, now that no other run can be writing it
-            check_output(output, opened.path, overwrite=overwrite, nbytes=plan.nbytes)
-            journal = Journal(stage.folder, made_for)
-            stage.finished, stage.count = lambda: journal.worth_keeping, len(plan.shards)
-            _write(opened, journal, summary, tokenizer=Path(prepared), fsync=fsync, say=say)
-            _verify(opened, stage.folder, summary, verify=verify, rounded_to=dtype, say=say)
+        transaction.run(partial(_verify, opened, summary, verify=verify, rounded_to=dtype, say=say))
     with completed(output):
         if report_file:
             write_report(report_file, summary)
         say(closing_words(summary))
     return summary
-
-
-def _details(plan: Plan, workers: int) -> list[str]:
-    return [describe_shards(plan), estimate(plan, workers=workers)]
 
 
 def _check_verification(verify: str, target: Target) -> None:
@@ -148,67 +143,34 @@ def _prepare_tokenizer(source: Source, plan: Plan, folder: Path) -> list[str]:
     return doubts(source.path) if written else [f"{source.path} holds no tokenizer files; the output has none either"]
 
 
-def _write(
-    source: Source, journal: Journal, summary: Summary, *, tokenizer: Path, fsync: bool, say: Callable[[str], None]
-) -> None:
-    """Weights with their index, then what makes the folder a model, then its manifest."""
-    plan, folder, begin = summary.plan, journal.folder, time.monotonic()
-    with _failures_of_the_disk(source, summary.output):
-        journal.resume(workers=summary.workers, say=say)
-        summary.resumed = len(journal.finished)
-        findings = write_weights(source, plan, journal, workers=summary.workers, fsync=fsync)
-        if len(plan.shards) > 1:
-            write_json(folder / INDEX, index_of(plan.shards))
-        write_json(folder / CONFIG, plan.config)
-        write_json(folder / GENERATION_CONFIG, plan.generation)
-        for path in sorted(tokenizer.iterdir()):  # one by one: copytree would copy the temporary folder's mode too
-            shutil.copyfile(path, folder / path.name)
-        if plan.target.bundle:
-            write_bundle(folder)
-        hashes = {file: finished.sha256 for file, finished in journal.finished.items()}
-        write_manifest(folder, plan, hashes, without=set(OF_THE_RUN))
-        _check_unchanged(source, plan, journal)
-        if fsync:
-            sync_tree(folder)
-    for line in _as_lines(findings):
-        say(line)
-    summary.warnings += findings
-    summary.nonfinite = bool(findings)
-    summary.seconds = time.monotonic() - begin
-    summary.files = read_manifest(folder)
-
-
-def _check_unchanged(source: Source, plan: Plan, journal: Journal) -> None:
-    if fingerprint(source, plan) != journal.made_for:
-        raise CheckpointError(
-            f"{source.path} changed while it was read: the output would be half of one model and half of another. "
-            "Convert again when nobody writes to it any more."
-        )
-
-
-@contextmanager
-def _failures_of_the_disk(source: Source, output: Path) -> Iterator[None]:
-    """An error of the system while writing becomes an OutputError, unless it is about the source."""
-    try:
-        yield
-    except BrokenPipeError:  # of the progress lines, whose reader is gone; no disk is at fault
-        raise
-    except OSError as error:
-        if error.filename and source.path in [Path(error.filename), *Path(error.filename).parents]:
-            raise  # the source cannot be read; the output is not to blame
-        raise OutputError(
-            f"Writing {output} failed: {error.strerror or error}.\nMake room, or choose another disk."
-        ) from error
+def _changed(source: Source) -> str:
+    return (
+        f"{source.path} changed while it was read: the output would be half of one model and half of another. "
+        "Convert again when nobody writes to it any more."
+    )
 
 
 def _verify(
-    source: Source, folder: Path, summary: Summary, *, verify: str, rounded_to: str | None, say: Callable[[str], None]
+    source: Source,
+    summary: Summary,
+    written: Written,
+    *,
+    verify: str,
+    rounded_to: str | None,
+    say: Callable[[str], None],
 ) -> None:
+    """Report what was written, then compare it with the source as far as `verify` asks for."""
+    for line in _as_lines(written.findings):
+        say(line)
+    summary.warnings += written.findings
+    summary.nonfinite, summary.resumed, summary.seconds = bool(written.findings), written.resumed, written.seconds
+    summary.files = read_manifest(written.folder)
     if verify == "none":
         return
     target = summary.plan.target
-    summary.verified.append(verify_content(source, folder, target=target, workers=summary.workers))
+    summary.verified.append(verify_content(source, written.folder, target=target, workers=summary.workers))
     if verify == "logits":
         say("  verify    logits: running torch and Paddle on the same ids, both in float32")
         nonfinite = summary.nonfinite  # such weights were found and named
-        summary.verified.append(verify_logits(source, folder, rounded_to=rounded_to, nonfinite_weights=nonfinite))
+        result = verify_logits(source, written.folder, rounded_to=rounded_to, nonfinite_weights=nonfinite)
+        summary.verified.append(result)

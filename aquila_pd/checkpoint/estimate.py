@@ -1,4 +1,4 @@
-"""How long a conversion will take, from a sample that is measured now; the disk is not asked."""
+"""Estimated CPU time of a conversion, from a measured sample of the streaming copy; disk speed is left out."""
 
 import time
 
@@ -15,7 +15,7 @@ HASHING = 2.0  # moving and then hashing and writing a value takes about this ma
 
 
 def estimate(plan: Plan, *, workers: int) -> str:
-    """A line about the time the processor will need."""
+    """One line: the CPU time a plan will take."""
     source = np.ones(SAMPLE, np.uint16).T
     targets = [np.zeros(source.shape, np.uint16) for _ in range(workers)]
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A model's id on the Hugging Face hub in place of a folder, where a hub client is installed."""
+"""Hugging Face hub ids as input: resolved to a snapshot folder where huggingface_hub is installed."""
 
 import re
 from fnmatch import fnmatch
@@ -13,7 +13,7 @@ WEIGHTS = (("*.safetensors",), (BIN, BIN_SHARDS))  # the first that a model has;
 
 
 def find_input(asked: Path | str, *, weights: bool = True) -> Path:
-    """The path a person wrote, or the folder of the hub model they named. A path that exists always comes first.
+    """Resolve an input to a path: a path that exists comes first, then a hub id.
 
     weights: fetch them too; without them only config and tokenizer come, enough for a plan. What the hub client has
     in its cache is not fetched again; with HF_HUB_OFFLINE nothing is. Raises CheckpointError when it cannot be fetched.
@@ -46,7 +46,7 @@ def find_input(asked: Path | str, *, weights: bool = True) -> Path:
 
 
 def wanted(names: list[str], *, weights: bool) -> list[str]:
-    """Of the files of a model, those a conversion reads: none of subfolders, and weights in one format."""
+    """The files of a hub model that a conversion reads: none of subfolders, weights in one format."""
     top = [name for name in names if "/" not in name]
     found = [name for name in top if any(fnmatch(name, pattern) for pattern in TEXT)]
     if not weights:

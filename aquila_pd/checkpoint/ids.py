@@ -1,4 +1,4 @@
-"""Token ids: the tokenizer knows them, the two config files only repeat them and are sometimes wrong."""
+"""Special token ids: the tokenizer's override those of config.json and generation_config.json, with a warning."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ IDS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "p
 
 
 def tokenizer_ids(source: Path) -> dict[str, int]:
-    """{"bos_token_id": 100006, ...} as the source folder's tokenizer has them; empty when it holds no readable one.
+    """Special ids of a folder's tokenizer, {"bos_token_id": 100006, ...}; empty without a readable one.
 
     A GGUF file needs no second opinion: its ids are the tokenizer's own metadata. Raises TokenizerError.
     """
@@ -27,7 +27,7 @@ def tokenizer_ids(source: Path) -> dict[str, int]:
 
 
 def check_vocabulary(tokenizer: Path, vocab: int) -> None:
-    """Raise CheckpointError when the tokenizer.json of a folder makes ids that are no row of the embedding."""
+    """Raise CheckpointError when tokenizer.json has ids beyond the rows of the embedding."""
     from ..tokenization import convert  # imports the tokenizers library
 
     backend = convert.load_tokenizer_json(tokenizer / convert.TOKENIZER_JSON)

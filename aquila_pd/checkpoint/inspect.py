@@ -1,4 +1,4 @@
-"""`aquila-pd inspect`: what a checkpoint is, and what it would be converted to. Reads headers and config only."""
+"""`aquila-pd inspect`: format, family, tensors of a checkpoint and its default plan. Reads headers and config only."""
 
 import argparse
 import math
@@ -28,7 +28,7 @@ FRAMEWORKS = {"torch": "a torch checkpoint", "paddle": "a Paddle checkpoint"}
 
 
 def describe_source(source: Source) -> str:
-    """What an open checkpoint is, for a person."""
+    """Description of an open checkpoint as text."""
     parameters = sum(math.prod(stored.shape) for stored in source.tensors.values())
     nbytes: Counter = Counter()
     counts: Counter = Counter()
@@ -93,6 +93,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the checkpoint is a whole model, 1 when it is not, with what is wrong, 2 for wrong arguments."""
+    """Exit status: 0 a complete model, 1 an incomplete or damaged one (with findings), 2 wrong arguments."""
     args = parser().parse_args(argv)
     return run(lambda: inspect(args.checkpoint, family=args.family, check=args.check))

@@ -1,4 +1,4 @@
-"""What kind of checkpoint lies at a path. Looks at names only; the sources read what is inside."""
+"""Detection of the checkpoint format at a path, by file names only; the sources read the content."""
 
 import os
 from dataclasses import dataclass

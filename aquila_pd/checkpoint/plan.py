@@ -1,4 +1,4 @@
-"""Everything a conversion will do, and everything that stands in its way, before a byte is written."""
+"""Conversion plan: output tensors, shards, config and every obstacle, from headers alone, before a byte is written."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -136,7 +136,7 @@ def make_plan(
 
 
 def compare(source: Source, wanted: list[Weight], dropped: set[str]) -> list[str]:
-    """What the files hold against what config.json describes, one line for each difference."""
+    """Stored tensors against those config.json describes: a finding for each difference."""
     found = source.tensors
     names = {weight.hf for weight in wanted}
     findings = [f"missing     {weight.hf}" for weight in wanted if weight.hf not in found]

@@ -1,4 +1,4 @@
-"""What a conversion did: its last line for a person, and --report as JSON for machines and bug reports."""
+"""Summary of a conversion: closing lines on the terminal, and --report as JSON."""
 
 import json
 import os
@@ -21,7 +21,7 @@ VERSIONS_OF = ("aquila_pd", "numpy", "ml_dtypes", "torch", "transformers", "gguf
 
 @dataclass
 class Summary:
-    """What a conversion did. seconds: of writing; resumed: shards an earlier run had finished; files: name in the
+    """Result of a conversion. seconds: of writing; resumed: shards an earlier run had finished; files: name in the
     output folder -> its size and hash; nonfinite: weights with NaN or infinite values were found and named; verified:
     each check's result."""
 
@@ -66,7 +66,7 @@ REPORT_KEYS = {"source", "output", "kind", "family", "tensors", "bytes", "versio
 
 
 def check_report(path: Path | None, source: Path, output: Path) -> None:
-    """A report that cannot be written, or would cost somebody a file, should not cost a conversion."""
+    """Preflight of the report path: an unwritable one, or one that would replace another file, is refused early."""
     if path is None:
         return
     if path.suffix.lower() in (".html", ".htm"):
@@ -113,7 +113,7 @@ def write_report(path: Path, summary: Summary) -> None:
 
 
 def report_of(summary: Summary) -> dict:
-    """The summary as JSON: what, from where, how long, and with which versions."""
+    """The summary as JSON data: plan, source, duration, versions."""
     plan = summary.plan
     return {
         "source": str(plan.source),

@@ -36,12 +36,12 @@ class Target:
     def name(self, weight: Weight) -> str:
         return prefixed(weight.hf, self.prefix)
 
-    def turns(self, weight: Weight) -> bool:
-        """Whether this target stores the weight as [in, out], Hugging Face's layout turned."""
+    def transposes(self, weight: Weight) -> bool:
+        """Whether this target stores the weight as [in, out], transposed from Hugging Face's layout."""
         return weight.transpose and self.framework == PADDLE
 
     def shape(self, weight: Weight) -> tuple[int, ...]:
-        return weight.hf_shape[::-1] if self.turns(weight) else weight.hf_shape
+        return weight.hf_shape[::-1] if self.transposes(weight) else weight.hf_shape
 
 
 def torch_config(model_type: str, architecture: str) -> Callable[[Mapping, str], dict]:

@@ -17,9 +17,7 @@ one pack a window: with few samples a part of the last pack is most of it, with 
 """
 
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -28,8 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from ..architecture.labels import IGNORE_INDEX
+from ..utils.atomic import shared_folder
 from ..utils.errors import DataError
-from ..utils.files import read_object, sync, write_json
+from ..utils.files import read_object, write_json
 from .best_fit import best_fit
 from .epoch_order import Permutation, derive_key, draw
 from .samples import Samples
@@ -125,9 +124,7 @@ def _is_whole(place: Path, asked: dict) -> bool:
 
 def _build(samples: Samples, asked: dict, place: Path) -> None:
     """Make the folder of a plan appear at `place`; who comes second finds it there."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
-    try:
+    with shared_folder(place) as partial:
         with (partial / MEMBERS).open("wb") as members, (partial / PACKS).open("wb") as packs:
             written = 0
             for number, window in enumerate(windows(samples, seed=asked["seed"], epoch=asked["epoch"])):
@@ -143,18 +140,8 @@ def _build(samples: Samples, asked: dict, place: Path) -> None:
                 f"None of the samples in {samples.folder} is seen in epoch {asked['epoch']}: their weights are so "
                 "small. Give more weight, or train for more epochs."
             )
-        for name in (MEMBERS, PACKS):
-            sync(partial / name)
         sizes = {name: (partial / name).stat().st_size for name in (MEMBERS, PACKS)}
-        write_json(partial / MANIFEST, {"asked": asked, "bytes": sizes}, fsync=True)
-        partial.chmod(0o755)  # others' processes may train from it
-        try:
-            os.rename(partial, place)
-        except OSError:
-            if not (place / MANIFEST).is_file():  # somebody else's was first, and is the same
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / MANIFEST, {"asked": asked, "bytes": sizes})
 
 
 def _fitted(samples: Samples, window: np.ndarray, length: int, key: int) -> tuple[np.ndarray, np.ndarray]:

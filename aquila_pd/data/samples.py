@@ -17,8 +17,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from ..utils.atomic import sync
 from ..utils.errors import DataError, report
-from ..utils.files import hash_file, read_object, sync, write_json
+from ..utils.files import hash_file, read_object, write_json
 
 VERSION = 1
 MANIFEST = "samples.json"

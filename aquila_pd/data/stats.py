@@ -2,13 +2,12 @@
 
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..utils.atomic import replacing
 from .counters import Counters
 from .pipeline import Conversation
 from .truncation import Fitted
@@ -181,11 +180,5 @@ def _draw_bars(axes, bins: list[tuple[int, int]], heights: list[float], *, offse
 def _write(figure, picture: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    partial = picture.with_name(f".{picture.name}.partial")
-    try:
+    with replacing(picture) as partial:
         partial.write_bytes(drawn.getvalue())
-        os.replace(partial, picture)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..utils.atomic import replacing_all
 from ..utils.errors import CheckpointError, report
 from ..utils.files import JSON_ERRORS, lfs_pointer, parse_json, shown, shown_value, why_not_a_file, write_json
 from ..utils.units import parse_size
@@ -321,32 +322,20 @@ def write_shards(folder: Path, shards: Sequence[Shard], read: Callable[[Entry], 
     Files appear under temporary names and are renamed when all are complete, the index last. Shards of an earlier
     save are removed after that. Should anything fail, the temporary files are removed and the error goes on.
     """
-    temporary: dict[Path, Path] = {}
-    try:
-        for shard in shards:
-            partial = folder / f".{shard.file}.partial"
-            temporary[partial] = folder / shard.file
+    with replacing_all([folder / shard.file for shard in shards]) as partials:
+        for shard, partial in zip(shards, partials, strict=True):
             write_shard(partial, shard, (bits(read(entry)) for entry in shard.entries))
         # without its index an interrupted replacement cannot pass for either save
         (folder / INDEX).unlink(missing_ok=True)
-        for partial, final in temporary.items():
-            os.replace(partial, final)
-        if len(shards) > 1:
-            write_json(folder / INDEX, index_of(shards))
-    except BaseException:
-        for partial in temporary:
-            partial.unlink(missing_ok=True)
-        raise
+    if len(shards) > 1:
+        write_json(folder / INDEX, index_of(shards))
     _remove_stale(folder, {shard.file for shard in shards})
 
 
-def write_shard(
-    path: Path, shard: Shard, pieces: Iterable[np.ndarray], *, framework: str = "np", fsync: bool = False
-) -> str:
+def write_shard(path: Path, shard: Shard, pieces: Iterable[np.ndarray], *, framework: str = "np") -> str:
     """Write one file from the bytes of its tensors, in order; return the file's sha256 in hex digits.
 
-    A piece may be changed again as soon as the next one is asked for. fsync: the file is on the disk, not only in the
-    system's memory, when this returns.
+    A piece may be changed again as soon as the next one is asked for.
     """
     header = header_bytes(shard.entries, framework=framework)
     digest, left = sha256(), shard.nbytes
@@ -358,9 +347,6 @@ def write_shard(
             file.write(piece)
             hashed.result()
             left -= piece.nbytes
-        if fsync:
-            file.flush()
-            os.fsync(file.fileno())
     assert not left, f"{shard.file}: {left} bytes are missing"
     return digest.hexdigest()
 

@@ -10,8 +10,8 @@ from ..configuration import AquilaConfig
 from ..model.weights_io import SAFETENSORS
 from ..modeling import AquilaForCausalLM
 from ..utils.errors import CheckpointError
+from .encode import quantize
 from .nf4 import NF4Linear
-from .nf4_values import quantize
 from .projections import ALL, Place, find_projections
 
 

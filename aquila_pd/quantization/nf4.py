@@ -1,7 +1,7 @@
 """NF4Linear: a frozen linear with NF4 weights, as a plain Paddle layer without custom kernels.
 
 The weight is unpacked in strips when it is needed, in the dtype of the input, and again in the backward pass: neither
-direction holds more of it than one strip, and nothing is kept between the two. Packing is in nf4_values.py.
+direction holds more of it than one strip, and nothing is kept between the two. The codec is formats/nf4.py.
 
 34B: the projections take 17 GB in place of 66 in bfloat16; embeddings, head and norms stay as they are.
 """
@@ -15,8 +15,9 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from ..formats.nf4 import BLOCK, LEVELS, NESTED_BLOCK, NF4, nested_levels, strip_height
 from ..utils.errors import AquilaError
-from .nf4_values import BLOCK, LEVELS, NESTED_BLOCK, NF4, nested_levels, quantize, strip_height
+from .encode import quantize
 from .projections import ALL, PROJECTIONS, Place, find_projections
 
 STRIP = 2**24  # values unpacked at once: 64 MB of float32, and as much again while it is made

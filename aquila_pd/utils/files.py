@@ -9,10 +9,10 @@ import math
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from hashlib import file_digest
 from pathlib import Path
 
+from .atomic import replacing
 from .errors import AquilaError, shown, shown_value
 
 LFS_BEGINNING = b"version https://git-lfs"
@@ -159,41 +159,14 @@ def files_under(folder: Path, *, without: str = "__pycache__") -> list[str]:
     return sorted(found)
 
 
-def sync_tree(folder: Path) -> None:
-    """`sync` for every file and every folder under this one, and for itself."""
-    for place, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(Path(place, name))
-        sync(Path(place))
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk and not only in the system's memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(path: Path, text: str, *, fsync: bool = False) -> None:
-    """Write UTF-8 under a temporary name, then rename: a reader never sees half a file. No platform newlines.
+    """Write UTF-8 atomically, its folder too if need be; no platform newlines.
 
     fsync: the file survives a power failure once this returns.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, fsync=fsync) as partial:
         partial.write_bytes(text.encode("utf-8"))
-        if fsync:
-            sync(partial)
-        os.replace(partial, path)
-        if fsync:
-            sync(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, content: dict, *, fsync: bool = False) -> None:

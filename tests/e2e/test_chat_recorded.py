@@ -219,7 +219,7 @@ def test_a_run_that_goes_on_with_another_template_keeps_shards_and_writes_that(t
 def test_a_run_killed_at_its_very_end_and_given_another_template_ends_with_that(tiny, tmp_path, monkeypatch, capsys):
     argv = ["--input", str(tiny), "--output", str(tmp_path / "out"), "--chat-template"]
     with monkeypatch.context() as patched:
-        patched.setattr(staging, "_remove_files_of_the_run", lambda folder: None)  # killed after the rename
+        patched.setattr(staging, "remove_files_of_the_run", lambda folder: None)  # killed after the rename
         assert main([*argv, "aquila"]) == 0
     assert main([*argv, "aquila-v1"]) == 0
     assert "which an earlier run had not quite ended" in capsys.readouterr().out

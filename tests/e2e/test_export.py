@@ -20,6 +20,7 @@ from aquila_pd.adapters import export, peft_files
 from aquila_pd.adapters.export import copy_adapter, merge_folder
 from aquila_pd.adapters.lora import adapter_state, attach, merge
 from aquila_pd.adapters.merged_source import MergedSource
+from aquila_pd.checkpoint import transaction
 from aquila_pd.checkpoint.convert import convert
 from aquila_pd.checkpoint.io.manifest import MANIFEST, check_manifest
 from aquila_pd.quantization.nf4 import quantize_model
@@ -315,8 +316,8 @@ def test_a_disk_that_fails_leaves_nothing(folders, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "write_manifest", full)
-    monkeypatch.setattr(export.Journal, "worth_keeping", 0)
+    monkeypatch.setattr(transaction, "write_manifest", full)
+    monkeypatch.setattr(transaction.Journal, "worth_keeping", 0)
     with pytest.raises(OutputError, match="No space left"):
         merge_folder(base, tmp_path / "adapter", tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -327,7 +328,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(folders, tmp_path, monkeypa
     our_adapter(base, tmp_path / "adapter", kind="dora")
     monkeypatch.setattr(export, "DEFAULT_SHARD_SIZE", "30KB")
     merge_folder(base, tmp_path / "adapter", tmp_path / "whole")
-    write_weights, written = export.write_weights, []
+    write_weights, written = transaction.write_weights, []
 
     def killed(source, plan, journal, **options):
         record = journal.record
@@ -341,11 +342,11 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(folders, tmp_path, monkeypa
         journal.record = stop_after_two
         return write_weights(source, plan, journal, **options)
 
-    monkeypatch.setattr(export, "write_weights", killed)
+    monkeypatch.setattr(transaction, "write_weights", killed)
     with pytest.raises(KeyboardInterrupt):
         merge_folder(base, tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-    monkeypatch.setattr(export, "write_weights", write_weights)
+    monkeypatch.setattr(transaction, "write_weights", write_weights)
     said = []
     merge_folder(base, tmp_path / "adapter", tmp_path / "merged", say=said.append)
     assert any("2 shards finished by an earlier run" in line for line in said)

@@ -14,8 +14,8 @@ import checkpoint_factory as factory
 import numpy as np
 import pytest
 
-import aquila_pd.checkpoint.convert as converter
 from aquila_pd.architecture.families import FAMILIES, find_family
+from aquila_pd.checkpoint import transaction
 from aquila_pd.checkpoint.io import output, shard_writer, stream_copy
 from aquila_pd.formats import safetensors
 from aquila_pd.utils.errors import ConfigError
@@ -335,7 +335,7 @@ def test_sentencepiece_model_that_is_none_stops_the_plan(source, refused):
     ],
 )
 def test_damaged_generation_config_is_noticed_in_the_plan(source, refused, monkeypatch, content, words):
-    monkeypatch.setattr(converter, "staging", lambda *args, **kwargs: pytest.fail("it started"))
+    monkeypatch.setattr(transaction, "staging", lambda *args, **kwargs: pytest.fail("it started"))
     (source / "generation_config.json").write_text(content)
     assert words in refused()
 
@@ -384,7 +384,7 @@ def test_output_in_the_source_and_the_source_in_the_output(source, tmp_path, ref
 def test_disk_without_room_is_noticed_before_starting(source, refused, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    monkeypatch.setattr(converter, "staging", lambda output: pytest.fail("it started"))
+    monkeypatch.setattr(transaction, "staging", lambda output: pytest.fail("it started"))
     message = refused()
     assert "0.00 GB free" in message
     assert "Make room" in message

@@ -1,8 +1,8 @@
-"""What a conversion has finished, so that the same command goes on after it was killed.
+"""Journal of finished shards, from which the same command resumes after a kill or a power failure.
 
-The journal lies in the staging folder and names each finished shard with its hash. A later run believes neither it nor
-the files: it reads every finished shard again and keeps those whose hash is right, if source, options and version are
-the same. So it does not matter what a power failure left behind.
+It lies in the staging folder and names each finished shard with its sha256. A resuming run trusts neither the journal
+nor the files: it hashes every finished shard again and keeps those that match, if the fingerprint of source, options
+and version is the same.
 """
 
 import json
@@ -23,38 +23,41 @@ from .pipeline import in_order
 
 JOURNAL = "conversion-journal.json"
 LOCK = "conversion.lock"  # held by the run that writes here
+# In the staging folder, no part of the model; removed in this order, so that a journal without lock tells of a run
+# that was killed at its very end.
+OF_THE_RUN = (LOCK, JOURNAL)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard that is written: its hash; names of source tensors -> how many NaN or infinite values they hold."""
+    """A written shard: its sha256; nonfinite: source tensor -> count of NaN or infinite values."""
 
     sha256: str
     nonfinite: dict[str, int] = field(default_factory=dict)
 
 
 class Journal:
-    """Finished shards of one staging folder, by file name. made_for: the fingerprint of the conversion."""
+    """Finished shards of one staging folder by file name. made_for: the fingerprint of the conversion."""
 
     def __init__(self, folder: Path, made_for: dict):
         self.folder, self.made_for = folder, made_for
         self.finished: dict[str, Finished] = {}
-        self.other = ""  # in what the conversion differs that finished shards in this folder
-        self._claimed, self._why_not = self._read()  # what an earlier run says; nothing is believed yet
+        self.other = ""  # in which parts the fingerprint of shards in this folder differs
+        self._claimed, self._why_not = self._read()  # of an earlier run; not verified yet
 
     @property
     def worth_keeping(self) -> int:
-        """How many shards a later run may be able to use: as the disk has it, for a run may stop anywhere."""
+        """Count of shards a later run may reuse, as read from the disk: a run may stop anywhere."""
         claimed, _ = self._read()
         return len(claimed) or int(bool(self.other))
 
     def record(self, file: str, finished: Finished, *, fsync: bool = False) -> None:
-        """Note a shard that lies in the folder under its own name."""
+        """Record a shard that was renamed to its final name."""
         self._write({**self.finished, file: finished}, fsync=fsync)
         self.finished[file] = finished
 
     def resume(self, *, workers: int, say: Callable[[str], None]) -> None:
-        """Take over what an earlier run finished, remove the rest of what it left, and say which.
+        """Reuse the verified shards of an earlier run, remove its other files, report both.
 
         Raises OutputError when finished shards of another conversion lie there: they may be the work of a night.
         """
@@ -91,7 +94,7 @@ class Journal:
         return (claimed, "") if not differing else ({}, "another conversion began it")
 
     def _check(self, *, workers: int, say: Callable[[str], None]) -> None:
-        """Believe those claims whose files have the right hash."""
+        """Keep the claimed shards whose sha256 matches."""
         sizes = {file: (self.folder / file).stat().st_size for file in self._claimed}
         hashes = in_order(lambda file: (file, hash_file(self.folder / file)), sorted(sizes), workers=workers)
         with Progress("check", total=sum(sizes.values()), tensors=len(sizes), what="shard") as progress:
@@ -112,7 +115,7 @@ class Journal:
 
 
 def fingerprint(source: Source, plan: Plan) -> dict:
-    """What a finished shard depends on. Another path to the same files, or another number of workers, is no change."""
+    """Fingerprint of what a shard depends on: version, source files, plan; not paths, not the worker count."""
     stats = [(path.name, path.stat()) for path in source.files]
     options = {
         "kind": plan.kind,
@@ -129,11 +132,21 @@ def fingerprint(source: Source, plan: Plan) -> dict:
 
 
 def read_fingerprint(folder: Path) -> object:
-    """What the journal in a folder is for; None when it cannot be read."""
+    """The fingerprint in the journal of a folder; None when it cannot be read."""
     try:
         return json.loads((folder / JOURNAL).read_text("utf-8"))["for"]
     except (OSError, *JSON_ERRORS, KeyError, TypeError):
         return None
+
+
+def remove_files_of_the_run(folder: Path) -> None:
+    """Remove lock and journal from a folder that is complete."""
+    try:
+        for name in OF_THE_RUN:
+            (folder / name).unlink(missing_ok=True)
+    except KeyboardInterrupt:  # the folder is complete: it is not left with one of them
+        remove_files_of_the_run(folder)
+        raise
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The manifest of a folder we wrote: each file with its size and hash, so that anybody can check it later.
+"""Manifest of an output folder: size and sha256 of each file, for a later integrity check.
 
 It holds no time, path or machine: the same weights and options give the same manifest, byte for byte.
 """
@@ -10,16 +10,17 @@ from ...utils.errors import CheckpointError
 from ...utils.files import files_under, hash_file, read_object, write_json
 from ..layout import CONFIG
 from ..plan import Plan
+from .journal import OF_THE_RUN
 from .pipeline import in_order
 
 MANIFEST = "conversion-manifest.json"
 
 
-def write_manifest(folder: Path, plan: Plan, hashes: dict[str, str], *, without: set[str]) -> None:
-    """Write the manifest of all files in a folder. hashes: those already known; without: names that will not stay."""
+def write_manifest(folder: Path, plan: Plan, hashes: dict[str, str]) -> None:
+    """Write the manifest of a staging folder's files, lock and journal left out. hashes: those already known."""
     files = {}
     for name in files_under(folder):
-        if name not in without | {MANIFEST}:
+        if name not in (MANIFEST, *OF_THE_RUN):
             path = folder / name
             files[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or hash_file(path)}
     about = {
@@ -52,7 +53,7 @@ def _is_inside(name: str) -> bool:
 
 
 def check_manifest(folder: Path, *, workers: int) -> tuple[int, list[str], list[str]]:
-    """Hash every file a manifest names; how many agree, a line for each that does not, and files it does not name."""
+    """Hash the files of a manifest: count that match, a finding for each that does not, files it does not name."""
     expected = read_manifest(folder)
     present = [name for name in sorted(expected) if (folder / name).is_file()]
     findings = [f"missing     {name}" for name in sorted(set(expected) - set(present))]

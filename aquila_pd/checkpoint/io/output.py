@@ -1,22 +1,19 @@
-"""The place a conversion writes to, checked before it begins: free, writable, large enough, nobody's original."""
+"""Preflight of the output path: not the source, free or replaceable, writable, enough disk space."""
 
 import os
 import shutil
 from pathlib import Path, PurePosixPath
 
 from ...formats.safetensors import SHARDS
+from ...utils.atomic import PARTIAL
 from ...utils.errors import CheckpointError, OutputError, report
 from ...utils.files import files_under, hash_file
-from .journal import JOURNAL, LOCK
+from .journal import JOURNAL, OF_THE_RUN
 from .manifest import MANIFEST, read_manifest
 
 SPARE = 64 * 10**6  # bytes beside the weights: tokenizer, code, headers
-SMALL = 16 * 10**6  # bytes of a file that is hashed to see whether somebody changed it
+SMALL = 16 * 10**6  # bytes of a file that is hashed to detect a change
 CACHE = "__pycache__"  # appears when the code in the folder is used
-PARTIAL = ".partial"
-# In the staging folder, no part of the model; removed in this order, so that a journal without lock tells of a run
-# that was killed at its very end.
-OF_THE_RUN = (LOCK, JOURNAL)
 OF_THE_DISK = "lost+found"  # what a new ext4 disk holds
 
 
@@ -47,10 +44,10 @@ def check_output(output: Path, source: Path, *, overwrite: bool, nbytes: int) ->
 
 
 def staging_folder(output: Path) -> Path:
-    """Where a conversion into `output` writes until it is complete: beside it, or in it when it is an empty folder."""
+    """Path of the staging folder: beside `output`, or inside when `output` is an empty folder."""
     output = output.resolve()
     beside = output.with_name(f"{output.name}{PARTIAL}")
-    # an earlier run may have begun beside it, before somebody made the empty folder
+    # an earlier run may have begun beside it, before the empty folder was made
     return output / beside.name if is_empty_folder(output) and not (beside / JOURNAL).is_file() else beside
 
 
@@ -76,7 +73,7 @@ def _already_written(output: Path) -> int:
 
 
 def nearest_parent(path: Path) -> Path:
-    """The lowest path above a path that exists."""
+    """The deepest existing parent of a path."""
     return next(parent for parent in path.parents if parent.exists())
 
 
@@ -85,7 +82,7 @@ def is_empty_folder(output: Path) -> bool:
 
 
 def names_in(output: Path) -> list[str]:
-    """What a folder holds, without the staging folder of a conversion into it."""
+    """Names in a folder, without the staging folder of a conversion into it."""
     others = {f"{output.name}{PARTIAL}", OF_THE_DISK}
     return sorted(path.name for path in output.iterdir() if path.name not in others)
 
@@ -99,7 +96,7 @@ def check_existing(output: Path, overwrite: bool) -> None:
     if not overwrite:
         count = "1 file" if len(names) == 1 else f"{len(names)} files"
         raise OutputError(f"The output {output} exists and holds {count}. Remove it or pass --overwrite.")
-    # --overwrite deletes a whole folder; a mistyped path must cost nobody an original or a home directory
+    # --overwrite deletes a whole folder; a mistyped path must not cost an original or a home directory
     findings = _not_of_a_conversion(output, names)
     if os.path.ismount(output):
         findings.append("it is a mount point, which cannot be replaced; give a folder inside it")

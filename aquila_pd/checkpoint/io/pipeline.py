@@ -1,4 +1,4 @@
-"""Work done ahead by several threads and handed over in order, in a fixed number of buffers."""
+"""Ordered thread pipeline with bounded read-ahead, and the buffer pool it fills."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ MOST_WORKERS = 8  # one thread hashes and writes, so that more have nothing to d
 
 
 def count_workers(asked: int | None) -> int:
-    """The number of threads: as asked, by default the cores this process may use, at most 8. Raises ConfigError."""
+    """Worker threads: as requested, by default the usable cores, at most 8. Raises ConfigError."""
     if asked is not None and asked < 1:
         raise ConfigError(f"The number of workers is {asked}; it must be at least 1.")
     if asked is None:
@@ -34,7 +34,7 @@ def buffer_size(workers: int) -> int:
 
 
 class Buffers:
-    """Memory that is used again and again: fresh memory costs as much as filling it."""
+    """Pool of reusable buffers: page faults of fresh memory cost as much as filling it."""
 
     def __init__(self, workers: int):
         self.nbytes = buffer_size(workers)
@@ -43,7 +43,7 @@ class Buffers:
             self._free.put(np.empty(self.nbytes, np.uint8))
 
     def take(self, nbytes: int) -> np.ndarray:
-        """A free buffer; a new one when a single row of a tensor is larger than all of them."""
+        """A free buffer, blocking; a new one when a single row of a tensor exceeds the buffer size."""
         return self._free.get() if nbytes <= self.nbytes else np.empty(nbytes, np.uint8)
 
     def give_back(self, buffer: np.ndarray) -> None:
@@ -52,10 +52,10 @@ class Buffers:
 
 
 def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int) -> Iterator[Result]:
-    """The results of work(task), in the order of the tasks, `workers` of them made at once.
+    """Ordered parallel map: results of work(task) in task order, `workers` at once.
 
-    No more than workers + AHEAD results exist at a time. An error of a task comes out at its place; what was begun
-    after it is waited for or dropped.
+    At most workers + AHEAD results exist at a time. A task's error is raised in its place; later tasks that have begun
+    are waited for, the others cancelled.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="aquila_pd")
     waiting: deque = deque()

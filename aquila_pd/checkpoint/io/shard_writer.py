@@ -1,10 +1,9 @@
-"""Shards of a plan, written one after the other from parts that several threads make ahead.
+"""Shard writer: parts of tensors made by worker threads, hashed and written in order, journaled shard by shard.
 
-The threads cut, cast and turn; this one hashes and writes, so that a file grows from its beginning to its end and its
-bytes do not depend on the number of threads.
+The workers slice, cast and transpose; one thread hashes and writes, so that a file is written sequentially and its
+bytes do not depend on the number of workers.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ import numpy as np
 
 from ...formats.dtypes import DTYPES, FLOATS
 from ...formats.safetensors import Entry, Shard, write_shard
+from ...utils.atomic import replacing
 from ...utils.errors import CheckpointError, report
-from ...utils.files import sync
 from ...utils.progress import Progress
 from ...utils.units import counted
 from ..plan import Plan
@@ -28,7 +27,7 @@ UNPACKED = 4  # bytes of a value while it is unpacked; rows of such a part are u
 
 @dataclass(frozen=True)
 class Part:
-    """What one thread makes at a time: rows of a tensor of the output. last: nothing of the tensor follows."""
+    """Unit of work: rows of an output tensor. last: the last part of its tensor."""
 
     entry: Entry
     rows: slice
@@ -41,7 +40,7 @@ class Part:
 
 @dataclass
 class Made:
-    """The bytes of a part, in a buffer to be given back, and what was found in its values."""
+    """A finished part: its bytes in a pooled buffer, and the counts of its values."""
 
     part: Part
     buffer: np.ndarray
@@ -50,7 +49,7 @@ class Made:
 
 
 def write_weights(source: Source, plan: Plan, journal: Journal, *, workers: int, fsync: bool) -> list[str]:
-    """Write the shards that are not finished; name every tensor that holds NaN or infinite values.
+    """Write the shards not yet in the journal; returns a finding for each tensor with NaN or infinite values.
 
     Raises CheckpointError naming every tensor with finite values that its dtype cannot hold.
     """
@@ -71,7 +70,7 @@ def write_weights(source: Source, plan: Plan, journal: Journal, *, workers: int,
 def _parts(source: Source, plan: Plan, shard: Shard, most: int) -> Iterator[Part]:
     for entry in shard.entries:
         weight, itemsize = plan.moves[entry.name], DTYPES[entry.dtype].itemsize
-        if source.tensors[weight.hf].packed and not plan.target.turns(weight):
+        if source.tensors[weight.hf].packed and not plan.target.transposes(weight):
             itemsize = max(itemsize, UNPACKED)
         cut = list(parts(entry.shape, itemsize, most))
         yield from (Part(entry, rows, rows is cut[-1]) for rows in cut)
@@ -82,7 +81,7 @@ def _make(source: Source, plan: Plan, part: Part, buffers: Buffers) -> Made:
     nbytes = int(np.prod(part.shape)) * dtype.itemsize
     buffer = buffers.take(nbytes)
     region = buffer[:nbytes].view(dtype).reshape(part.shape)
-    if not plan.target.turns(weight):
+    if not plan.target.transposes(weight):
         return Made(part, buffer, nbytes, move(source.read(weight.hf, part.rows), region))
     counts = Counts()
     for some in source.tiles(weight.hf):
@@ -113,11 +112,8 @@ def _write(
             found.setdefault(plan.moves[one.part.entry.name].hf, Counts()).add(one.counts)
             progress.advance(one.nbytes, int(one.part.last))
 
-    partial = journal.folder / f".{shard.file}.partial"
-    digest = write_shard(partial, shard, pieces(), framework=plan.target.tag, fsync=fsync)
-    os.replace(partial, journal.folder / shard.file)
-    if fsync:
-        sync(journal.folder)
+    with replacing(journal.folder / shard.file, fsync=fsync) as partial:
+        digest = write_shard(partial, shard, pieces(), framework=plan.target.tag)
     nonfinite = {name: counts.nonfinite for name, counts in found.items() if counts.nonfinite}
     overflowed = {name: counts.overflowed for name, counts in found.items() if counts.overflowed}
     if overflowed:  # not after the last shard, which may be hours away

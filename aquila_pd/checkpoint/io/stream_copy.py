@@ -1,4 +1,4 @@
-"""Parts of tensors from their source to where they are written: cut, cast, turned, counted. Nothing is held whole."""
+"""Streaming copy: slice, cast, transpose; counts non-finite and overflowed values. No tensor is in memory whole."""
 
 import math
 import threading
@@ -20,7 +20,7 @@ SPECIAL = {"bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
 
 
 def parts(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[slice]:
-    """Cut a tensor along its first axis into parts of about `most` bytes; no part for an empty tensor."""
+    """Slices along the first axis of about `most` bytes each; none for an empty tensor."""
     row = math.prod(shape[1:]) * itemsize
     if not row or not shape[0]:
         return
@@ -33,7 +33,7 @@ def parts(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[slice]:
 
 @dataclass
 class Counts:
-    """Values worth telling about: nonfinite in the source, overflowed when cast."""
+    """Counts of values: nonfinite in the source, overflowed by the cast."""
 
     nonfinite: int = 0
     overflowed: int = 0
@@ -44,21 +44,21 @@ class Counts:
 
 
 def move(source: np.ndarray, target: np.ndarray) -> Counts:
-    """Write source into target, of the same shape [R, C] or [C] and with contiguous rows, in target's dtype.
+    """Copy source into target, same shape [R, C] or [C] with contiguous rows, cast to target's dtype.
 
-    A source that is a transposed view is turned on the way, block by block. Casting rounds to nearest even (float64 to
+    A source that is a transposed view is transposed block by block. Casting rounds to nearest even (float64 to
     bfloat16 by way of float32); what overflows becomes infinite and is counted. Pages of a mapped source are let go at
     the end.
     """
     counts = Counts()
     if source.ndim != 2:
         source, target = source.reshape(1, -1), target.reshape(1, -1)
-    turned = source.strides[0] < source.strides[1] and source.shape[0] > 1
-    along = source.T if turned else source  # rows of `along` are contiguous
+    transposed = source.strides[0] < source.strides[1] and source.shape[0] > 1
+    along = source.T if transposed else source  # rows of `along` are contiguous
     for begin in range(0, len(along), ROWS):
         some = slice(begin, begin + ROWS)
         block = _cast(along[some], target.dtype, counts)
-        if turned:
+        if transposed:
             _transpose(block, target[:, some])
         else:
             target[some] = block
@@ -81,7 +81,7 @@ def _cast(block: np.ndarray, dtype: np.dtype, counts: Counts) -> np.ndarray:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite. Two maxima over the bits of a 16-bit float, which numpy does quickly."""
+    """No NaN or infinity: two maxima over the bit patterns for 16-bit floats, where isfinite is slow."""
     if values.dtype.name not in SPECIAL or not values.size or values.strides[-1] != values.itemsize:
         with np.errstate(invalid="ignore"):
             return bool(np.isfinite(values).all())
@@ -91,7 +91,7 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def _transpose(block: np.ndarray, target: np.ndarray) -> None:
-    """target [C, R] = block [R, C] turned.
+    """target [C, R] = block [R, C] transposed.
 
     Copying single 16-bit items with a stride is slow (0.2 GB/s). Here `group` rows are first laid side by side, so
     that each column of the group is one 16-byte item, and those items are moved: about ten times as fast.

@@ -1,4 +1,4 @@
-"""Where weights come from: any format, handed out under Hugging Face names in Hugging Face layout."""
+"""Checkpoint sources: any format, read under Hugging Face names in Hugging Face layout [out, in]."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ UNPACKED_ROWS = 2048  # of a few hundred columns each: some megabytes of float32
 
 
 class Source:
-    """An open checkpoint. Used as a context manager.
+    """An open checkpoint, a context manager.
 
     fields: the family's reading of config.json; dims: sizes; tensors: Hugging Face name -> how it is stored;
     framework: whose checkpoint it is, "torch" or "paddle".
@@ -56,7 +56,7 @@ class Source:
         return rotate_half_rows(part, last - first)[begin - first * size : end - first * size]
 
     def tiles(self, hf_name: str) -> list[slice]:
-        """Rows to read at once where all rows of some columns are wanted, so that little is unpacked or mapped."""
+        """Row slices to read in turn where all rows of some columns are needed: bounds what is unpacked or mapped."""
         stored = self.tensors[hf_name]
         rows, row = stored.shape[0], math.prod(stored.shape[1:]) * DTYPES[stored.dtype].itemsize
         most = UNPACKED_ROWS if stored.packed else max(256, MAPPED // max(row, 1) // 256 * 256)
@@ -64,13 +64,13 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        """Every file that holds weights, sorted; none of a checkpoint that is only planned."""
+        """Weight files, sorted; none for a config-only checkpoint."""
         folder = self.path if self.path.is_dir() else self.path.parent
         return sorted(path for path in {folder / stored.file for stored in self.tensors.values()} if path.is_file())
 
     @property
     def nbytes(self) -> int:
-        """Size of the files, which is what has to be read."""
+        """Total size of the weight files."""
         return sum(path.stat().st_size for path in self.files)
 
     def close(self) -> None:

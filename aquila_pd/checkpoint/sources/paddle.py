@@ -1,4 +1,4 @@
-"""Weights of a Paddle checkpoint, handed out under Hugging Face names in Hugging Face layout: the table backwards."""
+"""Paddle checkpoints as a source: the weight table read right to left, matrices transposed as views."""
 
 import re
 
@@ -20,7 +20,7 @@ def is_paddle(names: list[str]) -> bool:
 
 
 class PaddleReader:
-    """Wraps the reader of a Paddle folder: another spelling of names, and matrices turned (a view, not a copy)."""
+    """Wraps the reader of a Paddle folder: renames tensors and transposes matrices (a view, not a copy)."""
 
     dialect = Dialect("Paddle")  # what this reader hands out has Hugging Face's names
 
@@ -32,11 +32,11 @@ class PaddleReader:
             raise CheckpointError(
                 f"The Paddle checkpoint holds tensors of two models ({' and '.join(PREFIXES)}). Remove one of them."
             )
-        self._turned = {hf for hf in self._names if is_transposed(hf) and not self._is_tied_head(hf)}
+        self._transposed = {hf for hf in self._names if is_transposed(hf) and not self._is_tied_head(hf)}
         self.stored = {hf: self._in_hf_layout(hf, reader.stored[name]) for hf, name in self._names.items()}
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
-        if name in self._turned:
+        if name in self._transposed:
             return self._reader.read(self._names[name], columns, rows).T
         return self._reader.read(self._names[name], rows, columns)
 
@@ -50,5 +50,5 @@ class PaddleReader:
         return hf == HEAD.hf and len(shapes) == 2 and shapes[0] == shapes[1]
 
     def _in_hf_layout(self, hf: str, stored: Stored) -> Stored:
-        shape = stored.shape[::-1] if hf in self._turned else stored.shape
+        shape = stored.shape[::-1] if hf in self._transposed else stored.shape
         return Stored(stored.dtype, shape, stored.file, stored.packed)

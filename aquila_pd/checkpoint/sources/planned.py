@@ -1,4 +1,4 @@
-"""A checkpoint of which only config.json is there: what its weights will be, so that a conversion can be planned."""
+"""Config-only source: shapes and dtypes that follow from config.json, for a dry run."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ NOWHERE = "a file that is not there yet"
 
 
 class PlannedReader:
-    """Knows shapes, has no values."""
+    """Tensor headers without values."""
 
     def __init__(self, config: dict, family: Family):
         fields = family.fields(config)

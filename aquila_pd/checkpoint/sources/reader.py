@@ -1,4 +1,4 @@
-"""What a file format must offer to be a source."""
+"""Reader protocol: what a file format implements to be a source."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +12,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in its file: safetensors dtype tag of what read() returns, shape, file name.
+    """Header of a stored tensor: safetensors dtype tag of what read() returns, shape, file name.
 
     packed: the format's name of its own packing, such as "Q4_1", when read() has to unpack it.
     """
@@ -42,4 +42,4 @@ class Reader(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of files and memory."""
+        """Release files and memory."""

@@ -1,4 +1,4 @@
-"""Weights of a folder of safetensors files."""
+"""Safetensors reader: memory-mapped weights of a folder."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from .reader import ALL, Stored
 
 
 class SafetensorsReader:
-    """Maps each tensor from its file when asked for it."""
+    """Memory-maps each tensor when it is read."""
 
     dialect: Dialect | None = None  # the family's
 

@@ -1,4 +1,4 @@
-"""Weights of pytorch_model.bin files, single or sharded, read without torch and without running code from them.
+"""pytorch_model.bin reader, single or sharded: without torch, and without executing pickled code.
 
 Such a file is a zip, whose entries are found and checked in torch_zip.py; the pickle in it that describes the tensors
 is read in formats/torch_pickle.py. Only files in the format before torch 1.6 need torch.
@@ -143,7 +143,7 @@ def _trouble(tensor) -> str:
 
 
 class TorchBinReader:
-    """Maps each tensor from its file when asked for it; those of old files are in memory."""
+    """Memory-maps each tensor when it is read; tensors of files from before torch 1.6 are in memory."""
 
     dialect: Dialect | None = None  # the family's
 

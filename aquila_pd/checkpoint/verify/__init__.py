@@ -1,4 +1,4 @@
-"""Proof that a converted model is its source: by value, by logits, and layer by layer."""
+"""Verification of a converted model against its source: by value, by logits, layer by layer."""
 
 from .content import verify_content
 from .logits import check_logits_possible, verify_logits

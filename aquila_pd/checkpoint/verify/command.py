@@ -1,4 +1,4 @@
-"""The command line of the proof, for convert/verify.py and `aquila-pd verify`: arguments and the report's place."""
+"""Command line of the verification (convert/verify.py, `aquila-pd verify`): arguments and report path."""
 
 import argparse
 import os
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when proven, 1 when not or when something cannot be read, 2 for wrong arguments, else as terminal.run()."""
+    """Exit status: 0 proven, 1 not proven or unreadable, 2 wrong arguments, else that of command.run()."""
     made = parser()
     args = made.parse_args(argv)
     if args.prompt is not None and args.level == "content":
@@ -69,7 +69,7 @@ def _prove(args: argparse.Namespace) -> None:
 
 
 def check_report(path: Path, *compared: Path) -> None:
-    """Raise OutputError before the work for a report that could not be written, or would cost somebody a file."""
+    """Preflight of the report path: raise OutputError for an unwritable one or one that would replace another file."""
     place = path.resolve()
     for other in (folder.resolve() for folder in compared):
         if other in [place, *place.parents]:

@@ -1,4 +1,4 @@
-"""Two folders side by side before any value is read: what config.json says and which tensors there are.
+"""Comparison of config and tensor headers of source and output, before any value is read.
 
 What both sides hold is compared by the levels of verification, each in its own file.
 """

@@ -1,4 +1,4 @@
-"""Does the output hold what the source holds? Every value of both is read again and compared.
+"""Verification by content: every value of source and output is read again and compared.
 
 Shared with the conversion, and so not found wrong so: the table of weights and Source.read (names, unpacking, the order
 of rotary rows). The move is checked, through numpy's own cast and transpose; and where Source.read does more than hand
@@ -61,7 +61,7 @@ def verify_content(source: Source, output: Path, *, target: Target | None = None
     if findings:
         headline = f"The output does not hold what {source.path} holds (worst first):"
         raise VerificationError(report(headline, findings, _why_changed(source, held) + ADVICE))
-    places = {weight.hf: (held[name], target.turns(weight)) for name, weight in wanted.items()}
+    places = {weight.hf: (held[name], target.transposes(weight)) for name, weight in wanted.items()}
     pairs = {(source.tensors[name].dtype, info.dtype) for name, (info, _) in places.items()}
     rounded = sorted(FLOATS[to] for _, to in pairs - EXACT)
     after = f" after rounding to {' and '.join(dict.fromkeys(rounded))}" if rounded else ""
@@ -92,7 +92,7 @@ def _compare(
     def work(task: tuple[str, slice]) -> tuple[str, slice, Differences]:
         name, rows = task
         weight = wanted[name]
-        return name, rows, _compare_part(source, weight, held[name], rows, turned=target.turns(weight))
+        return name, rows, _compare_part(source, weight, held[name], rows, transposed=target.transposes(weight))
 
     with (
         Progress("verify", total=total, tensors=len(last)) as progress,
@@ -104,13 +104,13 @@ def _compare(
     return found
 
 
-def _compare_part(source: Source, weight: Weight, info: TensorInfo, rows: slice, *, turned: bool) -> Differences:
-    """Compare rows of the output with what the source holds there, both turned to the source's layout."""
+def _compare_part(source: Source, weight: Weight, info: TensorInfo, rows: slice, *, transposed: bool) -> Differences:
+    """Compare rows of the output with what the source holds there, both in the source's layout."""
     there, found = safetensors.view(info)[rows], Differences()
-    for some in source.tiles(weight.hf) if turned else [rows]:  # rows of the source
-        tensor = source.read(weight.hf, some, rows if turned else ALL)
-        begin = (some.start, rows.start if turned else 0)
-        found.add(_compare_arrays(tensor, there[:, some].T if turned else there, begin))
+    for some in source.tiles(weight.hf) if transposed else [rows]:  # rows of the source
+        tensor = source.read(weight.hf, some, rows if transposed else ALL)
+        begin = (some.start, rows.start if transposed else 0)
+        found.add(_compare_arrays(tensor, there[:, some].T if transposed else there, begin))
         safetensors.release(tensor)
     safetensors.release(there)
     return found

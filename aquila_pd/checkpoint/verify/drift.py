@@ -1,4 +1,4 @@
-"""How far computed numbers lie from a reference, and how far they may.
+"""Drift of activations and logits from a float64 reference, and its tolerance.
 
 float32 arithmetic alone moves a result away from its float64 reference. What it moves torch's own layers by (the
 control) is the yardstick for Paddle's: ours may drift by FACTOR times as much, at every place of the model.

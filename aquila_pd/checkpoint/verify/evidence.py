@@ -1,4 +1,4 @@
-"""One run of the proof: which level ran on which folders, what it found, and all of it as plain data for a report."""
+"""Record of a verification run: level, folders, findings, versions, as plain data for a report."""
 
 import hashlib
 import math

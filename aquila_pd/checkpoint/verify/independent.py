@@ -1,4 +1,4 @@
-"""What a checkpoint's stored numbers mean, worked out a second time for a sample of its values.
+"""Independent second decoder of stored values (names, row order, packing), for a sample of each tensor.
 
 Where Source.read unpacks weights or puts rows in another order, comparing with Source.read would not notice that it
 does so wrongly. Here names, order and packing are written down once more from the definitions of the formats, in

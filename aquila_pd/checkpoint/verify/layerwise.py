@@ -1,4 +1,4 @@
-"""Does every layer compute what torch's computes? Both frameworks run side by side, one decoder layer at a time.
+"""Layer-by-layer verification: Paddle and torch run side by side, one decoder layer in memory at a time.
 
 A model far larger than the memory can be proven so: never more than one layer of one framework is there, rows of the
 embedding are gathered, and the head is applied in slices of the vocabulary. Rows of the embedding that no token asks

@@ -1,4 +1,4 @@
-"""Do both models compute the same? torch and Paddle run side by side on the same ids, in float32.
+"""Verification by logits: transformers and Paddle on the same ids, both in float32.
 
 Nothing is shared on torch's side: transformers reads the weights from the source's files itself, and is given the
 sizes in config.json as they stand there (of a GGUF file: our reading of its rope scaling).

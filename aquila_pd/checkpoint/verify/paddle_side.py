@@ -1,4 +1,4 @@
-"""Paddle's half of the layer-by-layer proof: this project's own layers, filled from the converted folder one by one."""
+"""Paddle side of the layer-by-layer verification: this project's layers, loaded from the output one by one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

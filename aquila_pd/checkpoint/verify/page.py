@@ -1,4 +1,4 @@
-"""The report of a proof as one self-contained HTML page: no scripts, nothing from elsewhere. Reads plain data only."""
+"""Verification report as one self-contained HTML page without scripts, rendered from plain data."""
 
 import math
 from collections.abc import Iterable

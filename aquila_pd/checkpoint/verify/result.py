@@ -1,4 +1,4 @@
-"""What a check of a converted model says when it passed."""
+"""Result of a passed verification."""
 
 from dataclasses import dataclass
 

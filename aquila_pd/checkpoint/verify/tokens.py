@@ -1,4 +1,4 @@
-"""Do both folders cut text into the same ids? A few fixed texts and the prompt, through the tokenizers of both.
+"""Tokenizer verification: fixed texts and the prompt give the same ids in source and output.
 
 The ids of text alone are compared with those of the library that the source's files belong to, wherever it can read
 them as they stand: `tokenizers` a tokenizer.json or GPT-2's vocab.json and merges.txt, `sentencepiece` a
@@ -32,7 +32,7 @@ GPT2_CLASSES = (None, "AquilaTokenizer", "GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 def compare_tokenizers(source: Source, folder: Path, prompt: str | None = None) -> str:
-    """What to say of the tokenizers. Raises VerificationError with the texts that become other ids.
+    """A sentence for the report. Raises VerificationError with the texts whose ids differ.
 
     Raises TokenizerError for files of the Paddle folder that cannot be read.
     """

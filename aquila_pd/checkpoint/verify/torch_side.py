@@ -1,4 +1,4 @@
-"""torch's half of the layer-by-layer proof: weights by torch's own readers, a float64 decoder, transformers' layers.
+"""torch side of the layer-by-layer verification: torch's own readers, a float64 decoder, transformers' layers.
 
 The float64 decoder is written out here because transformers' layers compute norms, softmax and angles in float32
 whatever they are given. Where it misread the config, transformers' layers would be far from it, which is checked.

@@ -1,11 +1,11 @@
 """curve.png: the loss of a whole run in one picture, drawn from log.jsonl."""
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...utils.atomic import replacing
 from .jsonl import read_log
 
 NAME = "curve.png"
@@ -107,6 +107,5 @@ def read_curves(log: Path, stages: Sequence[str]) -> dict[str, Curve]:
 def _write(figure, picture: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format="png")
-    partial = picture.with_name(f".{picture.name}.partial")
-    partial.write_bytes(data.getvalue())
-    os.replace(partial, picture)
+    with replacing(picture) as partial:
+        partial.write_bytes(data.getvalue())

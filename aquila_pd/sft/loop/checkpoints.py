@@ -12,7 +12,6 @@ counters, so a run of another process, or of another number of ranks, finds its 
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +23,9 @@ import numpy as np
 
 from ...formats.dtypes import DTYPES
 from ...formats.safetensors import Entry, Shard, TensorInfo, bits, plan_shards, read_header, view, write_shard
+from ...utils.atomic import partial_of, remove_folder, rename, sync
 from ...utils.errors import CheckpointError, TrainingError, report
-from ...utils.files import hash_file, read_object, sync, write_json
+from ...utils.files import hash_file, read_object, write_json
 
 log = logging.getLogger("aquila_pd")
 
@@ -115,7 +115,7 @@ class Checkpoints:
         what was there before.
         """
         final = self.folder / STEP.format(step)
-        partial = self.folder / f".{final.name}.partial"
+        partial = partial_of(final)
         if ranks.first:
             self._clean()
             partial.mkdir(parents=True)
@@ -156,9 +156,8 @@ class Checkpoints:
         write_json(partial / MANIFEST, manifest | {"files": files}, fsync=True)
         sync(partial)
         if final.exists():  # of a run that was resumed from an earlier one
-            _remove(final)
-        os.rename(partial, final)
-        sync(self.folder)
+            remove_folder(final)
+        rename(partial, final, fsync=True)
 
     def _remove_old(self) -> None:
         """Remove all but the newest, and the best that each of these knows: a run may go on from any of them."""
@@ -167,7 +166,7 @@ class Checkpoints:
         best = {read_object(path, CheckpointError).get("best") for path in manifests if path.is_file()}
         for step in steps[: -self.keep]:
             if step not in best:
-                _remove(self.folder / STEP.format(step))
+                remove_folder(self.folder / STEP.format(step))
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order."""
@@ -212,7 +211,7 @@ def _put_aside(folder: Path, wrong: list[str]) -> str:
     """Give a damaged checkpoint another name; what happened, in words."""
     aside = folder.with_name(f"damaged-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    os.rename(folder, aside)
+    rename(folder, aside)
     return report(
         f"The checkpoint of step {int(folder.name.removeprefix('step-'))} is damaged:",
         wrong,
@@ -258,7 +257,8 @@ def _write_tensors(folder: Path, pattern: str, tensors: Tensors) -> dict:
         shard = Shard(pattern.format(number) + ".safetensors", planned.entries)
         path = folder / shard.file
         arrays = (bits(tensors[entry.name].numpy()) for entry in shard.entries)
-        digest = write_shard(path, shard, arrays, fsync=True)
+        digest = write_shard(path, shard, arrays)
+        sync(path)
         files[shard.file] = {"bytes": path.stat().st_size, "sha256": digest}
     return files
 
@@ -267,14 +267,6 @@ def _tag(tensor: Tensor) -> str:
     """The safetensors tag of a tensor whose dtype prints as numpy's or as paddle.float32."""
     name = str(tensor.dtype).rpartition(".")[2]
     return next(tag for tag, dtype in DTYPES.items() if dtype.name == name)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint so that what an interruption leaves cannot pass for one."""
-    going = folder.with_name(f".{folder.name}.going")
-    shutil.rmtree(going, ignore_errors=True)
-    os.rename(folder, going)
-    shutil.rmtree(going, ignore_errors=True)
 
 
 def array_of(info: TensorInfo) -> np.ndarray:

@@ -12,13 +12,8 @@ RUN/
   model/                     the last stage's result as a plain model folder
 """
 
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from ...utils.files import sync
 
 
 @dataclass(frozen=True)
@@ -50,20 +45,3 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.root / "model"
-
-
-def appear(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let a folder appear whole: `write` fills it under another name, then it gets its own."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
-        for path in partial.rglob("*"):
-            sync(path)
-        sync(partial)
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync(folder.parent)

@@ -1,6 +1,5 @@
 """Before training: what can be said early is said, the run folder is held, its manifest opened, its rows prepared."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,8 @@ from pathlib import Path
 
 from ...data.pipeline import data_files
 from ...text.loading import check_folder
-from ...utils.errors import OutputError, TrainingError
+from ...utils.atomic import locked
+from ...utils.errors import TrainingError
 from ..recipe.load import Recipe, Stage
 from .folder import RunFolder
 from .manifest import FILE as MANIFEST
@@ -36,23 +36,18 @@ def alone(folder: Path) -> Iterator[int]:
 
     Raises OutputError when another process does, or the folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = (folder / LOCK).open("a+")
-    except OSError as error:
-        raise OutputError(f"The run folder {folder} cannot be written: {error.strerror or error}.") from error
-    with held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held.seek(0)
-            raise OutputError(
-                f"Process {held.read().strip() or '?'} is training in {folder}. Wait for it, or choose another output."
-            ) from None
-        held.truncate(0)
-        held.write(str(os.getpid()))
-        held.flush()
-        yield held.fileno()
+    lock = locked(
+        folder / LOCK,
+        text=str(os.getpid()),
+        busy=lambda pid: (
+            f"Process {pid if pid.isdigit() else '?'} is training in {folder}. Wait for it, or choose another output."
+        ),
+        failed=lambda reason: f"The run folder {folder} cannot be written: {reason}.",
+    )
+    with lock as (descriptor, works):
+        if not works:
+            print(f"  warning   the file system of {folder} has no locks: see that no other run trains there")
+        yield descriptor
 
 
 def open_manifest(recipe: Recipe, run: RunFolder, *, devices: int) -> Manifest:

@@ -8,7 +8,6 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import paddle
@@ -23,6 +22,7 @@ from ...data.samples import Samples
 from ...fusion_ops import choices
 from ...modeling import AquilaForCausalLM
 from ...quantization.loading import load_quantized
+from ...utils.atomic import new_folder
 from ...utils.errors import CheckpointError, ConfigError, TrainingError, report
 from ..estimate.stage import Machine, Model, stage_info
 from ..logs.curve import NAME as CURVE
@@ -34,7 +34,7 @@ from ..loop.checkpoints import Checkpoint, Checkpoints
 from ..loop.loss import SummedLoss
 from ..loop.trainer import Best, StageTrainer, arguments, load_trained
 from ..recipe.load import Recipe, Stage
-from .folder import RunFolder, appear
+from .folder import RunFolder
 from .launch import rank, ranks
 from .manifest import DONE, RUNNING, Manifest
 from .preparing import packs_of
@@ -216,7 +216,8 @@ class _Training:
             # known before the result is there: whoever goes on after a kill between the two knows the rest
             facts = {"evaluation_loss": best.loss, "best_step": best.step} if best.step else {}
             self.manifest.update(self.stage.name, steps=steps.steps, **facts)
-            appear(result, partial(_write_result, model, self.stage, carried))
+            with new_folder(result) as folder:
+                _write_result(model, self.stage, carried, folder)
             self.reporter.saved(result)
             self.manifest.update(self.stage.name, state=DONE, **_where(self.folder, self.stage))
         _wait_for(result)
@@ -295,7 +296,8 @@ def _export(carried: Carried, run: RunFolder) -> None:
     if carried.adapter is not None:
         _merge(carried, run.model)
     elif not run.model.exists():
-        appear(run.model, partial(link_model, carried.base))
+        with new_folder(run.model) as folder:
+            link_model(carried.base, folder)
 
 
 def _merge(carried: Carried, output: Path) -> None:

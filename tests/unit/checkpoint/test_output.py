@@ -1,6 +1,7 @@
 """Where a conversion writes and how it ends: replaced folders, reports, permissions, signals, pipes, full disks."""
 
 import errno
+import fcntl
 import json
 import os
 import pty
@@ -17,8 +18,8 @@ import checkpoint_factory as factory
 import pytest
 from paths import ROOT
 
-import aquila_pd.checkpoint.convert as converter
 from aquila_pd.checkpoint import report as reporting
+from aquila_pd.checkpoint import transaction
 from aquila_pd.checkpoint.io import output, staging
 from aquila_pd.utils import command
 from aquila_pd.utils.errors import OutputError
@@ -128,7 +129,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, run, capsys, monkeypatch,
     def refuse(descriptor, operation):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert run() == 0
     assert f"the file system of {tmp_path} has no locks" in capsys.readouterr().out
 
@@ -141,14 +142,14 @@ def test_a_new_disk_counts_as_empty(tmp_path, run):
 
 
 def test_a_source_that_changes_while_it_is_read_is_no_model(source, tmp_path, run, capsys, monkeypatch):
-    write = converter.write_weights
+    write = transaction.write_weights
 
     def meanwhile(*args, **kwargs):
         found = write(*args, **kwargs)
         factory.write_safetensors(source, factory.config(), factory.weights(factory.config(), seed=1))
         return found
 
-    monkeypatch.setattr(converter, "write_weights", meanwhile)
+    monkeypatch.setattr(transaction, "write_weights", meanwhile)
     assert run("--verify", "none") == 1
     assert "changed while it was read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not strays(tmp_path)
@@ -241,17 +242,17 @@ def test_empty_folder_stays_the_same_folder(tmp_path, run, monkeypatch):
 def test_files_move_into_an_empty_folder_with_config_and_index_last_and_all_or_none(tmp_path, run, monkeypatch):
     (tmp_path / "out").mkdir()
     moved = []
-    rename = Path.rename
+    rename = os.replace
 
-    def until_config(self, target):
-        if Path(target).parent == tmp_path / "out":
-            moved.append(Path(target).name)
-            if self.name == "config.json":
+    def until_config(old, new):
+        if Path(new).parent == tmp_path / "out":
+            moved.append(Path(new).name)
+            if Path(old).name == "config.json":
                 raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
+        return rename(old, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", until_config)
+        patch.setattr(os, "replace", until_config)
         assert run("--max-shard-size", "30KB") == 1
     assert moved[-2:] == ["model.safetensors.index.json", "config.json"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.partial"]  # its shards are finished
@@ -260,7 +261,7 @@ def test_files_move_into_an_empty_folder_with_config_and_index_last_and_all_or_n
 
 
 def test_output_that_appears_meanwhile_is_kept(tmp_path, run, capsys, monkeypatch):
-    write = converter.write_weights
+    write = transaction.write_weights
 
     def meanwhile(*args, **kwargs):
         found = write(*args, **kwargs)
@@ -268,7 +269,7 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path, run, capsys, monkeypatc
         (tmp_path / "out" / "config.json").write_text("of another run")
         return found
 
-    monkeypatch.setattr(converter, "write_weights", meanwhile)
+    monkeypatch.setattr(transaction, "write_weights", meanwhile)
     assert run() == 1
     assert "While this run was writing" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]

@@ -17,9 +17,9 @@ from aquila_pd.checkpoint import sources
 from aquila_pd.checkpoint.convert import convert
 from aquila_pd.checkpoint.io import shard_writer, stream_copy
 from aquila_pd.checkpoint.sources import gguf, open_source
-from aquila_pd.checkpoint.sources.packed import awq, gptq, nf4
+from aquila_pd.checkpoint.sources.packed import awq, gptq
 from aquila_pd.checkpoint.verify import content, logits
-from aquila_pd.formats import safetensors
+from aquila_pd.formats import nf4, safetensors
 from aquila_pd.utils.errors import ConfigError, VerificationError
 
 QUIET = {"say": lambda text: None}
@@ -166,12 +166,12 @@ def _wrong_dialect():
     return replace(gguf.DIALECT, names={swapped.get(name, name): hf for name, hf in gguf.DIALECT.names.items()})
 
 
-RIGHT = {"gptq": gptq.unpack, "nf4": nf4.NF4Matrix._unpack}
+RIGHT = {"gptq": gptq.unpack, "nf4": nf4.Decoder._unpack}
 WRONG = {
     "zero points of gptq": ("gptq", gptq.GPTQMatrix, "_true_zeros", lambda self, zeros: zeros),
     "words of gptq": ("gptq", gptq, "unpack", lambda words, bits: RIGHT["gptq"](words, bits)[::-1]),
     "order of awq": ("awq", awq, "unpack", _natural_order),
-    "halves of nf4": ("nf4", nf4.NF4Matrix, "_unpack", lambda s, c, *rest: RIGHT["nf4"](s, c >> 4 | c << 4, *rest)),
+    "halves of nf4": ("nf4", nf4.Decoder, "_unpack", lambda s, c, *rest: RIGHT["nf4"](s, c >> 4 | c << 4, *rest)),
     "offset of nf4": ("nf4 double", nf4.Nested, "unpack", lambda s, c, i: s.table[c] * s.scales[i // s.blocksize]),
     "rotary rows of gguf": ("gguf", sources, "rotate_half_rows", lambda weight, heads: weight),
     "names of gguf": ("gguf", gguf.GGUFReader, "dialect", _wrong_dialect()),

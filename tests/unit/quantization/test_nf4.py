@@ -13,17 +13,11 @@ from lora_twins import KINDS, our_logits, our_loss, peft_model, spec, theirs_as_
 from aquila_pd import AquilaForCausalLM
 from aquila_pd.adapters.lora import adapter_state, attach, load_adapter_state, merge
 from aquila_pd.checkpoint.convert import convert
+from aquila_pd.formats.nf4 import BLOCK, LEVELS, dequantize, nested_levels, quantize_magnitudes
 from aquila_pd.quantization import nf4
+from aquila_pd.quantization.encode import quantize
 from aquila_pd.quantization.loading import load_quantized
 from aquila_pd.quantization.nf4 import NF4Linear, dequantize_model, quantize_model
-from aquila_pd.quantization.nf4_values import (
-    BLOCK,
-    LEVELS,
-    dequantize,
-    nested_levels,
-    quantize,
-    quantize_magnitudes,
-)
 from aquila_pd.utils.errors import AquilaError, CheckpointError, ConfigError
 
 # [out, in]: whole blocks in a row; rows shorter than a block; blocks over the ends of rows; a last short block; odd
@@ -139,7 +133,7 @@ def test_control_another_reading_is_noticed(what):
 def test_a_transposed_view_and_other_strips_give_the_same_bytes(monkeypatch):
     weight = matrix((300, 96))
     whole = quantize(weight)
-    monkeypatch.setattr("aquila_pd.quantization.nf4_values.STRIP", 1000)
+    monkeypatch.setattr("aquila_pd.quantization.encode.STRIP", 1000)
     for same in (weight, np.ascontiguousarray(weight.T).T, np.asfortranarray(weight)):
         cut = quantize(same)
         assert (cut.codes == whole.codes).all() and (cut.absmax == whole.absmax).all() and cut.offset == whole.offset

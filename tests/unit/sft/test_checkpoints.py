@@ -147,7 +147,7 @@ def test_one_asked_for_its_weights_is_looked_at_as_far_as_these_go(tmp_path):
         checkpoints.with_weights(4)
 
 
-MOMENTS_OF_WRITING = ("write_json", "write_shard", "sync", "_remove")
+MOMENTS_OF_WRITING = ("write_json", "write_shard", "sync", "rename", "remove_folder")
 
 
 class Killed(BaseException):

@@ -1,4 +1,4 @@
-"""Weights in 2 to 8 bits by GPTQ, AWQ or bitsandbytes, handed out as float32 matrices [out, in].
+"""Quantized checkpoints (GPTQ, AWQ, bitsandbytes NF4; 2 to 8 bits), dequantized to float32 [out, in] on read.
 
 Which packing it is stands in config.json or in a file beside it; every tensor of it is checked before the first is
 unpacked, and a part is unpacked when it is read.
@@ -11,7 +11,7 @@ import numpy as np
 from ....utils.errors import CheckpointError, report, shown_value
 from ..reader import ALL, Reader, Stored
 from . import awq, gptq, nf4
-from .settings import KEY, Said, find_settings
+from .settings import KEY, Settings, find_settings
 from .survey import Survey, group_names
 
 METHODS = {"gptq": gptq.find, "awq": awq.find, "bitsandbytes": nf4.find}
@@ -31,7 +31,7 @@ ADVICE = (
 
 
 class PackedReader:
-    """A reader whose packed tensors are handed out as one matrix each; all others are left alone."""
+    """Reader wrapper that dequantizes packed matrices; other tensors pass through."""
 
     def __init__(self, reader: Reader, found: Survey):
         self._reader = reader
@@ -53,12 +53,12 @@ class PackedReader:
 
 
 def unpack(reader: Reader, folder: Path) -> Reader:
-    """The reader itself when nothing is packed, else one that unpacks.
+    """Wrap the reader of a quantized checkpoint; any other reader is returned as it is.
 
     Raises CheckpointError with everything that stands in the way.
     """
-    said = find_settings(reader.config, folder)
-    found = _without_settings(reader) if said is None else _find(reader, said)
+    settings = find_settings(reader.config, folder)
+    found = _without_settings(reader) if settings is None else _find(reader, settings)
     if found.findings:
         raise CheckpointError(report(HEADLINE.format(folder), found.findings, ADVICE))
     return PackedReader(reader, found) if found.matrices else reader
@@ -77,15 +77,15 @@ def _without_settings(reader: Reader) -> Survey:
     return Survey(findings=[finding])
 
 
-def _find(reader: Reader, said: Said) -> Survey:
-    method = said.method
-    if method is None and any(key in said.values for key in ("load_in_4bit", "load_in_8bit")):
+def _find(reader: Reader, settings: Settings) -> Survey:
+    method = settings.method
+    if method is None and any(key in settings.values for key in ("load_in_4bit", "load_in_8bit")):
         method = "bitsandbytes"  # which its first configs did not name
     find = METHODS.get(method.lower()) if isinstance(method, str) else None
     if find is None:
         known = ", ".join(map(repr, METHODS))
-        return Survey(findings=[f"{said.file} says quant_method = {shown_value(method)}; known: {known}"])
-    found = find(reader, said)
+        return Survey(findings=[f"{settings.file} says quant_method = {shown_value(method)}; known: {known}"])
+    found = find(reader, settings)
     if not found.matrices and not found.findings:
-        found.findings.append(f"{said.file} says that weights are packed by {method}, but no tensor is")
+        found.findings.append(f"{settings.file} says that weights are packed by {method}, but no tensor is")
     return found

@@ -1,4 +1,4 @@
-"""AWQ in the GEMM order of AutoAWQ, 4 bits: qweight, qzeros and scales.
+"""AWQ reader, 4 bits in the GEMM order of AutoAWQ: qweight, qzeros, scales.
 
 Words run along the outputs; value i of a word, from the low end, is output [0, 2, 4, 6, 1, 3, 5, 7][i] of its eight.
 So the low halves of all bytes of a word hold two outputs that follow each other, 16 bits apart. Zero points lie in the
@@ -12,7 +12,7 @@ import numpy as np
 from ..reader import Reader, Stored
 from . import survey
 from .grouped import WORD, Grouped
-from .settings import Said
+from .settings import Settings
 from .survey import Survey
 
 KINDS = ("qweight", "qzeros", "scales")
@@ -37,7 +37,7 @@ def unpack(words: np.ndarray) -> np.ndarray:
 
 
 class AWQMatrix(Grouped):
-    """Groups follow each other; zero points are stored as they are."""
+    """An AWQ matrix: consecutive groups, zero points stored without an offset."""
 
     def _words(self, ins: slice, outs: slice) -> tuple[slice, slice]:
         return ins, slice(outs.start // IN_A_WORD, outs.stop // IN_A_WORD)
@@ -52,14 +52,16 @@ class AWQMatrix(Grouped):
         return zeros
 
 
-def find(reader: Reader, said: Said) -> Survey:
+def find(reader: Reader, settings: Settings) -> Survey:
     """All matrices of the checkpoint, or what stands in the way of reading them."""
-    found = Survey(notes=said.unread({*KNOWN, *IGNORED}), findings=said.refused(KNOWN))
-    found.findings += [f"{said.file} does not say {key}" for key in ("bits", "version") if said.get(key) is None]
-    found.findings += said.refused_group_size()
+    found = Survey(notes=settings.unread({*KNOWN, *IGNORED}), findings=settings.refused(KNOWN))
+    found.findings += [
+        f"{settings.file} does not say {key}" for key in ("bits", "version") if settings.get(key) is None
+    ]
+    found.findings += settings.refused_group_size()
     if found.findings:
         return found
-    size = said.group_size()
+    size = settings.group_size()
     name = f"AWQ {BITS}-bit, " + ("one group" if size == -1 else f"groups of {size}")
     modules = survey.group_names(reader.stored, KINDS)
     for module, members in modules.items():

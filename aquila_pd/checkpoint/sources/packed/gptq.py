@@ -1,4 +1,4 @@
-"""GPTQ: qweight, qzeros, scales and g_idx of AutoGPTQ and GPTQModel, in 2, 3, 4 and 8 bits.
+"""GPTQ reader, 2, 3, 4 and 8 bits of AutoGPTQ and GPTQModel: qweight, qzeros, scales, g_idx.
 
 Values lie in a stream of bits, the first lowest, that runs through the words of a column of qweight and of a row of
 qzeros: 8 values of 4 bits to a word, 32 values of 3 bits to three words, the 11th and the 22nd over two. That is how
@@ -21,7 +21,7 @@ from ....utils.errors import shown_value
 from ..reader import Reader, Stored
 from . import survey
 from .grouped import WORD, Grouped
-from .settings import Said
+from .settings import Settings
 from .survey import Survey
 
 KINDS = ("qweight", "qzeros", "scales", "g_idx")
@@ -62,7 +62,7 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GPTQMatrix(Grouped):
-    """less_one: zero points are stored less one."""
+    """A GPTQ matrix. less_one: zero points are stored less one (v1)."""
 
     less_one: bool = True
 
@@ -81,7 +81,7 @@ class GPTQMatrix(Grouped):
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the file says of all its matrices. group_size: None for one group; symmetric: None when it does not say."""
+    """Settings common to all matrices. group_size: None for one group; symmetric: None when not stated."""
 
     bits: int
     group_size: int | None
@@ -95,10 +95,10 @@ class Scheme:
         return f"GPTQ {self.bits}-bit, {groups}"
 
 
-def find(reader: Reader, said: Said) -> Survey:
+def find(reader: Reader, settings: Settings) -> Survey:
     """All matrices of the checkpoint, or what stands in the way of reading them."""
-    scheme, findings = _read_scheme(said)
-    found = Survey(notes=said.unread({*KNOWN, *IGNORED}), findings=findings)
+    scheme, findings = _read_scheme(settings)
+    found = Survey(notes=settings.unread({*KNOWN, *IGNORED}), findings=findings)
     if scheme is None:
         return found
     modules = survey.group_names(reader.stored, KINDS)
@@ -115,35 +115,35 @@ def find(reader: Reader, said: Said) -> Survey:
     return found
 
 
-def _read_scheme(said: Said) -> tuple[Scheme | None, list[str]]:
-    findings = said.refused(KNOWN)
-    findings += said.refused_group_size(default=-1)
-    if said.get("bits") is None:
-        findings.append(f"{said.file} does not say bits; known: {', '.join(map(str, KNOWN['bits']))}")
-    findings += _exceptions(said)
+def _read_scheme(settings: Settings) -> tuple[Scheme | None, list[str]]:
+    findings = settings.refused(KNOWN)
+    findings += settings.refused_group_size(default=-1)
+    if settings.get("bits") is None:
+        findings.append(f"{settings.file} does not say bits; known: {', '.join(map(str, KNOWN['bits']))}")
+    findings += _exceptions(settings)
     if findings:
         return None, findings
-    size = said.group_size(default=-1)
-    label = said.get("checkpoint_format", said.get("format", "gptq"))
+    size = settings.group_size(default=-1)
+    label = settings.get("checkpoint_format", settings.get("format", "gptq"))
     scheme = Scheme(
-        bits=said.get("bits"),
+        bits=settings.get("bits"),
         group_size=None if size == -1 else size,
-        act_order=said.get("desc_act", False),
-        symmetric=said.get("sym"),
+        act_order=settings.get("desc_act", False),
+        symmetric=settings.get("sym"),
         less_one=label.lower() == "gptq",
     )
     return scheme, []
 
 
-def _exceptions(said: Said) -> list[str]:
+def _exceptions(settings: Settings) -> list[str]:
     """A finding for each rule by which some modules are packed in another way than the rest.
 
     A rule that begins with "-:" leaves modules unpacked, which is seen from the tensors that are there.
     """
-    rules = said.get("dynamic", {})
+    rules = settings.get("dynamic", {})
     own = [rule for rule in rules if not rule.startswith("-:")] if isinstance(rules, dict) else [rules]
     return [
-        f"{said.file} says dynamic = {shown_value(rule)}: modules packed in a way of their own are not known"
+        f"{settings.file} says dynamic = {shown_value(rule)}: modules packed in a way of their own are not known"
         for rule in own
     ]
 

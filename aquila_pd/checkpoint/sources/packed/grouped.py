@@ -1,4 +1,4 @@
-"""A matrix of small integers with one scale and one zero point for each group of inputs, unpacked part by part.
+"""Group-wise quantized matrix: one scale and zero point per group of inputs, dequantized part by part.
 
 GPTQ and AWQ both keep W [in, out] = scale[group of in, out] * (q - zero[group of in, out]) with several q in an int32
 word. They differ in the order within a word and in the direction in which words run, which the subclasses say.
@@ -61,13 +61,13 @@ class Grouped:
                 np.multiply(q, scales[group, here], out=target[:, here])
 
     def groups(self, reader: Reader, ins: slice) -> np.ndarray:
-        """The group of each of these inputs."""
+        """Group index of each of these inputs."""
         if self.g_idx is None:
             return np.arange(ins.start, ins.stop) // self.group_size
         return reader.read(self.g_idx, ins)
 
     def stored_zeros(self, reader: Reader) -> Iterator[np.ndarray]:
-        """All zero points as they stand in the file, [some groups, out] at a time."""
+        """Zero points as stored, [some groups, out] at a time."""
         return map(self._unpack_zeros, strips(reader, self.qzeros))
 
     def _zeros(self, reader: Reader, groups: np.ndarray, outs: slice) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where a checkpoint says how it is packed, and what of that is known."""
+"""Quantization settings of a checkpoint: where they are stored, and which values are supported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ LARGEST_GROUP = 2**31 - 1  # far more inputs than any matrix has
 
 
 @dataclass(frozen=True)
-class Said:
-    """How the weights are packed, in the words of the file it stands in."""
+class Settings:
+    """Quantization settings under the keys of the file they come from."""
 
     file: str
     values: Mapping[str, object]
@@ -32,7 +32,7 @@ class Said:
         return default if value is None else value
 
     def refused(self, known: Mapping[str, tuple]) -> list[str]:
-        """A finding for each of these keys with a value that is not known. Text counts without its case."""
+        """A finding for each of these keys with an unsupported value; text is compared without case."""
         return [
             f"{self.file} says {key} = {shown_value(value)}; known: {', '.join(map(repr, values))}"
             for key, values in known.items()
@@ -40,18 +40,18 @@ class Said:
         ]
 
     def unread(self, known: set[str]) -> list[str]:
-        """A note naming the keys that nothing here knows."""
+        """A note naming the unknown keys."""
         keys = sorted(key for key, value in self.values.items() if key not in known and value not in (None, {}, []))
         listed = shown(", ".join(keys))
         return [f"{self.file} says how it was packed in words that are not known here: {listed}"] * bool(keys)
 
     def group_size(self, default: int | None = None) -> int | None:
-        """The inputs that share a scale, -1 for all of them; None where it is no such number."""
+        """Inputs per group, -1 for one group of all; None for an invalid value."""
         size = self.get("group_size", default)
         return size if type(size) is int and (size == -1 or 1 <= size <= LARGEST_GROUP) else None
 
     def refused_group_size(self, default: int | None = None) -> list[str]:
-        """A finding when group_size is none."""
+        """A finding for an invalid group_size."""
         if self.group_size(default) is not None:
             return []
         return [
@@ -59,23 +59,23 @@ class Said:
         ]
 
 
-def find_settings(config: Mapping, folder: Path) -> Said | None:
-    """What config.json, or the older file beside it, says about packing; None when neither says anything."""
-    said = config.get(KEY)
-    if said is not None:
-        if not isinstance(said, dict):
+def find_settings(config: Mapping, folder: Path) -> Settings | None:
+    """Quantization settings of config.json or of the older file beside it; None for neither."""
+    settings = config.get(KEY)
+    if settings is not None:
+        if not isinstance(settings, dict):
             raise CheckpointError(
-                f"{folder / CONFIG}: {KEY} is {shown_value(said)}, not a mapping. Fetch config.json again."
+                f"{folder / CONFIG}: {KEY} is {shown_value(settings)}, not a mapping. Fetch config.json again."
             )
-        return Said(CONFIG, _spelled_alike(said))
+        return Settings(CONFIG, _spelled_alike(settings))
     for file, method in OLDER_FILES.items():
         if (folder / file).is_file():
-            return Said(file, _spelled_alike({"quant_method": method, **read_json(folder / file)}))
+            return Settings(file, _spelled_alike({"quant_method": method, **read_json(folder / file)}))
     return None
 
 
-def _spelled_alike(said: Mapping) -> dict:
-    return {AWQ_SPELLING.get(key, key): value for key, value in said.items()}
+def _spelled_alike(settings: Mapping) -> dict:
+    return {AWQ_SPELLING.get(key, key): value for key, value in settings.items()}
 
 
 def _among(value: object, known: tuple) -> bool:

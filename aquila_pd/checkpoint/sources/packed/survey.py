@@ -1,4 +1,4 @@
-"""What packed tensors a checkpoint holds: found by their names, checked against each other, and how they are read."""
+"""Survey of packed matrices: tensors grouped by name, checked for consistency, each with its decoder."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -17,12 +17,12 @@ BIAS = "bias"
 
 
 class Matrix(Protocol):
-    """One weight [out, in] that lies in the file in several tensors."""
+    """Protocol of a weight [out, in] packed in several stored tensors."""
 
     stored: Stored
 
     def read(self, reader: Reader, rows: slice, columns: slice) -> np.ndarray:
-        """This part in float32; memory stays that of the part."""
+        """This part in float32, in memory proportional to it."""
 
 
 @dataclass
@@ -105,6 +105,6 @@ def unpacking_note(count: int, name: str, scales: set[str]) -> str:
 
 
 def bounds(part: slice, size: int) -> slice:
-    """A slice with both ends said."""
+    """A slice with explicit, ordered bounds."""
     begin, end, _ = part.indices(size)
     return slice(begin, max(begin, end))
