@@ -8,6 +8,8 @@ from starlette.responses import Response
 
 from ..runtime.versions import VERSION
 from .api import chat, tokens
+from .api import completions as completions_api
+from .api import seed as seed_api
 from .errors import ApiError, from_http, from_validation
 from .guard import Guard
 from .metrics import CONTENT_TYPE
@@ -37,7 +39,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Response:
-        return await completions.answer(service, asked, request)
+        return await completions_api.answer(service, asked, request)
 
     def entry() -> dict:
         found = {"id": service.settings.name, "object": "model", "created": service.created, "owned_by": "aquila_pd"}
@@ -62,7 +64,7 @@ def add_others(app: FastAPI, service: Service) -> None:
 
     @app.post("/")
     async def seed(asked: SeedRequest, request: Request) -> Response:
-        return await seed.answer(service, asked, request)
+        return await seed_api.answer(service, asked, request)
 
     @app.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> Response:
