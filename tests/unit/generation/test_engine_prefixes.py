@@ -13,7 +13,7 @@ from generation_reference import (
 )
 
 from aquila_pd.generation import Engine
-from aquila_pd.generation.kv_slots import Slots
+from aquila_pd.generation.kv_slots import SlotKVCache
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_long_chat_is_cut_back_to_where_another_parts_and_both_stay_right(mode
 
 @pytest.mark.parametrize("running", [False, True], ids=["slot free", "still running"])
 def test_control_a_prefix_that_was_not_copied_is_noticed(model, reference, monkeypatch, running):
-    monkeypatch.setattr(Slots, "copy", lambda self, source, target, length: None)
+    monkeypatch.setattr(SlotKVCache, "copy", lambda self, source, target, length: None)
     engine, stem = Engine(model, slots=3), some_ids(100)
     engine.add(stem, greedy(30))
     for _ in range(3 if running else 40):

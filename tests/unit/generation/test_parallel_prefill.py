@@ -80,7 +80,7 @@ def hidden_of(model, prompt):
 
 def slow_first_part(monkeypatch):
     """The first part stands still before it writes its keys of layer 1, as a busy machine would have it."""
-    write = parallel_prefill.Order.gate
+    write = parallel_prefill.Wavefront.gate
 
     def gate(self, part):
         keys_written = write(self, part)
@@ -94,7 +94,7 @@ def slow_first_part(monkeypatch):
 
         return slowly
 
-    monkeypatch.setattr(parallel_prefill.Order, "gate", gate)
+    monkeypatch.setattr(parallel_prefill.Wavefront, "gate", gate)
 
 
 def test_a_part_waits_for_those_before_it(monkeypatch):
@@ -119,23 +119,23 @@ def test_control_without_waiting_the_numbers_are_others(monkeypatch):
 
         return keys_written
 
-    monkeypatch.setattr(parallel_prefill.Order, "gate", gate)
+    monkeypatch.setattr(parallel_prefill.Wavefront, "gate", gate)
     assert not abs(hidden_of(model, prompt) - expected).max() < 1e-3
 
 
 def test_an_error_of_one_part_ends_all_and_is_the_one_that_is_raised():
-    def waits(order):
-        order.gate(2)(0)  # for parts 0 and 1, which never write
+    def waits(wavefront):
+        wavefront.gate(2)(0)  # for parts 0 and 1, which never write
 
-    def fails(order):
+    def fails(wavefront):
         time.sleep(0.05)
         raise MemoryError("part 1")
 
     before = threading.active_count()
     with pytest.raises(MemoryError, match="part 1"):
-        parallel_prefill.run([lambda order: order.gate(0)(0), fails, waits])
+        parallel_prefill.run([lambda wavefront: wavefront.gate(0)(0), fails, waits])
     assert threading.active_count() <= before + 2, "the pool's threads stay, and no others"
-    assert parallel_prefill.run([lambda order: 1, lambda order: 2, lambda order: 3]) == [1, 2, 3], "and work again"
+    assert parallel_prefill.run([lambda _: 1, lambda _: 2, lambda _: 3]) == [1, 2, 3], "and work again"
 
 
 def test_small_norms_inside_do_not_give_the_parts_more_threads(monkeypatch):
@@ -143,7 +143,7 @@ def test_small_norms_inside_do_not_give_the_parts_more_threads(monkeypatch):
     said = []
     monkeypatch.setattr(threads.paddle.base.core, "set_num_threads", said.append)
 
-    def norm(order):
+    def norm(wavefront):
         return cpu.rms_norm(paddle.ones([4, 8]), paddle.ones([8]), 1e-5)
 
     parallel_prefill.run([norm] * 3)
@@ -153,6 +153,6 @@ def test_small_norms_inside_do_not_give_the_parts_more_threads(monkeypatch):
 def test_parts_make_no_graph_and_leave_the_number_of_threads(monkeypatch):
     said = []
     monkeypatch.setattr(threads.paddle.base.core, "set_num_threads", said.append)
-    assert parallel_prefill.run([lambda order: paddle.is_grad_enabled()] * 3) == [False] * 3
+    assert parallel_prefill.run([lambda wavefront: paddle.is_grad_enabled()] * 3) == [False] * 3
     assert paddle.is_grad_enabled()
     assert said[0] == 1 and said[-1] == 3
