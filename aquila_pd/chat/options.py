@@ -3,6 +3,7 @@
 import argparse
 
 from ..generation import Engine, SamplingParams
+from ..text.engine_options import add_engine, engine_of
 
 MAX_NEW_TOKENS = 512
 SAMPLING = dict(temperature=1.0, top_k=15, top_p=0.9)  # BAAI's own
@@ -17,11 +18,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: the model's context length)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of the mathematics (default: the cores there are)")
+    add_engine(parser)
 
 
 def loading_of(args: argparse.Namespace) -> dict:
     """What load() is asked for beside the folder."""
-    return dict(template=args.template, dtype=args.dtype, max_length=args.max_length, threads=args.threads)
+    asked = dict(template=args.template, dtype=args.dtype, max_length=args.max_length, threads=args.threads)
+    return {**asked, **engine_of(args)}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -58,14 +58,17 @@ def load(
     dtype: str | None = None,
     slots: int = 8,
     max_length: int | None = None,
+    prefill_chunk: int = 512,
+    prefix_reuse: bool = True,
     template: str | None = None,
     threads: int | None = None,
     needs_template: bool = False,
 ) -> Loaded:
     """The model of a converted folder, ready to talk. Turns PaddleNLP's log down to warnings, for the whole process.
 
-    dtype: see AquilaForCausalLM.from_pretrained. slots, max_length: see Engine. template: a chat template's name in
-    place of the folder's own. threads: of the mathematics; default is one for each core this process may use.
+    dtype: see AquilaForCausalLM.from_pretrained. slots, max_length, prefill_chunk, prefix_reuse: see Engine. template:
+    a chat template's name in place of the folder's own. threads: of the mathematics; default is one for each core this
+    process may use.
     needs_template: a folder without chat template is an error, before its weights are read.
     Raises CheckpointError for a folder that is not a converted one, with the command that makes it one; ConfigError,
     TokenizerError and GenerationError for what is in it, or for options that do not fit it.
@@ -84,7 +87,7 @@ def load(
     model = AquilaForCausalLM.from_pretrained(str(folder), dtype=dtype, fused=True)
     check_vocabulary(tokenizer, model, folder)
     model.eval()
-    engine = Engine(model, slots=slots, max_length=max_length)
+    engine = Engine(model, slots=slots, max_length=max_length, prefill_chunk=prefill_chunk, prefix_reuse=prefix_reuse)
     return Loaded(folder.resolve().name, tokenizer, model, engine, prompts, stop_ids)
 
 
