@@ -112,13 +112,22 @@ def test_control_without_waiting_the_numbers_are_others(monkeypatch):
     expected = hidden_of(model, prompt)
     threads.use(3)
 
+    run, others = parallel_prefill.run, [threading.Event() for _ in range(2)]
+
+    def run_others_first(works):
+        def noted(work, done):
+            return lambda wavefront: (work(wavefront), done.set())[0]
+
+        return run([works[0], *(noted(work, done) for work, done in zip(works[1:], others, strict=True))])
+
     def gate(self, part):
         def keys_written(layer):
             if part == 0 and layer == 0:
-                time.sleep(0.3)  # and nobody waits
+                assert all(done.wait(60) for done in others)  # they have attended without waiting for this part
 
         return keys_written
 
+    monkeypatch.setattr(parallel_prefill, "run", run_others_first)
     monkeypatch.setattr(parallel_prefill.Wavefront, "gate", gate)
     assert not abs(hidden_of(model, prompt) - expected).max() < 1e-3
 
