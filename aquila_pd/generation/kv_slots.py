@@ -1,4 +1,4 @@
-"""Slot KV cache: keys and values of many sequences, one slot each, written in place; attention of a flat row over them.
+"""Slot KV cache: keys and values of many sequences, one slot each, and the attention of a flat row of tokens over them.
 
 Per layer one buffer [slots, K, C, H] for keys and one for values (K key/value heads, C capacity, H head size; the
 layout of kv_cache.py, for its reason). A forward pass computes one flat row of tokens, [1, T, D]: first the decode
@@ -86,11 +86,6 @@ class SlotKVCache:
         for buffers in (self.keys, self.values):
             for buffer in buffers:
                 buffer[slot : slot + 1] = paddle.zeros_like(buffer[slot : slot + 1])
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all buffers in bytes."""
-        return sum(b.numel().item() * b.element_size() for b in (*self.keys, *self.values))
 
 
 class PassKVCache:

@@ -1,4 +1,4 @@
-"""`aquila-pd serve DIR`: arguments, loading, and the server around it."""
+"""`aquila-pd serve DIR`: command-line options, model loading, server start."""
 
 import argparse
 import ipaddress
@@ -131,7 +131,7 @@ def warn_if_open(host: str, settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 after an orderly end (SIGTERM, Ctrl-C), 1 for an error a person can mend, 2 for wrong arguments."""
+    """0 after graceful shutdown (SIGTERM, Ctrl-C), 1 for an error the user can fix, 2 for wrong arguments."""
     args = parser().parse_args(argv)
     return run(lambda: start(args))
 
