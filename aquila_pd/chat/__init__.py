@@ -1,1 +1,1 @@
-"""Talking to a model: templates applied, text streamed, predict, the terminal, batches of prompts."""
+"""Chat and batch generation: model.predict(), `aquila-pd chat` in a terminal, `aquila-pd generate` for JSONL files."""

@@ -1,4 +1,4 @@
-"""`aquila-pd generate DIR`: prompts continued, or answered, many at a time."""
+"""`aquila-pd generate DIR`: batch generation over prompts or JSONL rows, with continuous batching."""
 
 import argparse
 import sys
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when every row has its text, 1 when one has not, else as checkpoint.terminal.run() says."""
+    """0 when every row has its text, 1 when one has not, else as utils.command.run() says."""
     args = parser().parse_args(argv)
     return run(lambda: _main(args))
 
@@ -71,7 +71,7 @@ def _main(args: argparse.Namespace) -> int:
 
 
 class Batch:
-    """Rows through the engine of a loaded model, which has so many slots."""
+    """Runs rows through the engine of a loaded model with this many slots."""
 
     def __init__(self, loaded: Loaded, args: argparse.Namespace, *, slots: int):
         self.loaded, self.args, self.slots = loaded, args, slots

@@ -1,4 +1,4 @@
-"""Conversation: the messages of a chat, what of them the model is given, and the file they are kept in."""
+"""Conversation: chat history with a sliding window over its turns, saved as and loaded from JSON."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ KEPT_SHARE = 0.75  # of the room, once turns are left out: then the next turns b
 
 
 class Conversation:
-    """Turns of a user and the model behind one chat template.
+    """A multi-turn conversation with one chat template.
 
     room: tokens a prompt may have. messages: all turns, oldest first, without the system's message. left_out: how many
     of the oldest turns the model is no longer given.

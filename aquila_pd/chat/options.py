@@ -3,13 +3,14 @@
 import argparse
 
 from ..generation import Engine, SamplingParams
+from ..text.engine_options import add_engine, engine_of
 
 MAX_NEW_TOKENS = 512
 SAMPLING = dict(temperature=1.0, top_k=15, top_p=0.9)  # BAAI's own
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Options of load()."""
+    """Options of load(): model, chat template, engine."""
     parser.add_argument("folder", metavar="DIR", help="a folder made by `aquila-pd convert`")
     parser.add_argument("--template", metavar="NAME", help="chat template (default: the one the folder records)")
     parser.add_argument("--dtype", help="of the weights: float32, bfloat16, float16 (default: see from_pretrained)")
@@ -17,15 +18,17 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: the model's context length)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of the mathematics (default: the cores there are)")
+    add_engine(parser)
 
 
 def loading_of(args: argparse.Namespace) -> dict:
-    """What load() is asked for beside the folder."""
-    return dict(template=args.template, dtype=args.dtype, max_length=args.max_length, threads=args.threads)
+    """The options as arguments of load(), without the folder."""
+    asked = dict(template=args.template, dtype=args.dtype, max_length=args.max_length, threads=args.threads)
+    return {**asked, **engine_of(args)}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Options of SamplingParams."""
+    """Sampling options."""
     parser.add_argument(
         "--temperature", type=float, default=SAMPLING["temperature"], help="0 takes the likeliest token (default: 1)"
     )
@@ -47,7 +50,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(args: argparse.Namespace, **more) -> SamplingParams:
-    """The parameters asked for, and more. Raises GenerationError."""
+    """SamplingParams of the options, and more. Raises GenerationError."""
     asked = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     if args.max_new_tokens is not None:
         asked["max_new_tokens"] = args.max_new_tokens

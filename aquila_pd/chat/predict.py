@@ -1,4 +1,4 @@
-"""predict(): one answer to one text, with the signature of BAAI's own predict and a history that its caller keeps."""
+"""model.predict(): one chat turn or text continuation with the signature of BAAI's predict; the caller owns history."""
 
 import logging
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""The rows `aquila-pd generate` reads and writes, one JSON object a line."""
+"""JSONL rows of `aquila-pd generate`: parsing, encoding to prompt ids, results written in order."""
 
 import json
 import sys
@@ -73,7 +73,7 @@ def _raise(findings: list[str]) -> None:
 
 
 def encode_rows(rows: list[Row], loaded: Loaded, *, chat: bool) -> None:
-    """Fill in the rows' ids. chat: a prompt is what a user says, not a text to continue.
+    """Encode the rows' prompts to ids. chat: a prompt is a user turn, not a text to continue.
 
     Raises ConfigError where a chat template is needed and there is none, ChatError that names every row that cannot be
     written.
@@ -96,7 +96,7 @@ def _encoded(row: Row, loaded: Loaded) -> list[int]:
 
 
 def result_of(row: Row, *, text: str, finish_reason: str, tokens: int, error: Exception | None = None) -> dict:
-    """What is written for a row: what was read, and its result."""
+    """The output object of a row: its input and its result."""
     found = {**row.given, "text": text, "finish_reason": finish_reason, "tokens": tokens, "prompt_tokens": len(row.ids)}
     if error is not None:  # one of ours in its own words, another by its name
         found["error"] = str(error) if isinstance(error, AquilaError) else f"{type(error).__name__}: {error}"
@@ -104,7 +104,7 @@ def result_of(row: Row, *, text: str, finish_reason: str, tokens: int, error: Ex
 
 
 def in_order(finished: Iterable[tuple[int, dict]], held: dict[int, dict]) -> Iterator[dict]:
-    """Results in the order of their numbers, each as soon as all before it are there; `held` has those that wait."""
+    """Reorder buffer: results by ascending number, each once all before it have come; `held` is the buffer."""
     number = 0
     for found, result in finished:
         held[found] = result
@@ -114,7 +114,7 @@ def in_order(finished: Iterable[tuple[int, dict]], held: dict[int, dict]) -> Ite
 
 
 class RowFile:
-    """Rows on their way into a file, under NAME.partial until the last is there; file None: stdout."""
+    """JSONL writer: NAME.partial until `finish` renames it; file None: stdout."""
 
     def __init__(self, file: Path | None):
         self.file, self.count = file, 0
@@ -131,7 +131,7 @@ class RowFile:
         self.count += 1
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Rename the partial file."""
         if self.partial is not None:
             self._stream.close()
             rename(self.partial, self.file)

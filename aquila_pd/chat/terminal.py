@@ -1,4 +1,4 @@
-"""`aquila-pd chat DIR`: a conversation in a terminal, or line by line through a pipe."""
+"""`aquila-pd chat DIR`: an interactive multi-turn chat in a terminal, or line by line through a pipe."""
 
 import argparse
 import signal
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the person has left, 1 when the chat could not begin, else as checkpoint.terminal.run() says."""
+    """0 when the user leaves, 1 when the chat could not begin, else as utils.command.run() says."""
     args = parser().parse_args(argv)
     return run(lambda: _main(args))
 
@@ -67,7 +67,7 @@ def _main(args: argparse.Namespace) -> None:
 
 
 class Chat:
-    """Reads lines until there are no more; each is a command or goes to the model."""
+    """The read-eval loop: each input line is a command or a user turn."""
 
     def __init__(self, loaded: Loaded, screen: Screen, args: argparse.Namespace):
         self.loaded, self.screen, self.args = loaded, screen, args
@@ -220,7 +220,7 @@ class Chat:
 
 
 class Interrupts:
-    """Ctrl-C inside the block asks to stop after the step that runs; a second one raises KeyboardInterrupt in it."""
+    """SIGINT handler: the first Ctrl-C stops after the running step, a second one raises KeyboardInterrupt in it."""
 
     def __init__(self):
         self.asked = False
@@ -239,7 +239,7 @@ class Interrupts:
 
 
 class Clock:
-    """When the first and the last token came."""
+    """Times of the first and the last token, for the latency and throughput in the summary."""
 
     def __init__(self):
         self.start = self.last = time.perf_counter()
@@ -252,7 +252,7 @@ class Clock:
 
 
 def summary(sequence: Sequence, clock: Clock, *, kept: bool, stopped: bool, left_out: int) -> str:
-    """The line under an answer."""
+    """The line below an answer: tokens, tokens/s, time to first token, reused prompt tokens."""
     tokens = len(sequence.tokens)
     parts = [counted(tokens, "token")]
     if tokens > 1 and clock.last > clock.first:

@@ -1,8 +1,9 @@
-"""Generation: ids in, ids out. Requests join and leave a running batch between any two steps; no text is known here."""
+"""Generation: a continuous-batching engine from token ids to token ids; text is added by aquila_pd.text."""
 
-from .engine import Engine, Stats
+from .engine import Engine
 from .sampling_params import SamplingParams
 from .sequence import NonFiniteLogits, PromptTooLong, Sequence, TokenEvent, TokenLogprob
+from .stats import Stats
 
 __all__ = [
     "Engine",

@@ -1,15 +1,14 @@
-"""Keys and values of many sequences at once: one slot each, written in place, and attention over them.
+"""Slot KV cache: keys and values of many sequences, one slot each, and the attention of a flat row of tokens over them.
 
 Per layer one buffer [slots, K, C, H] for keys and one for values (K key/value heads, C capacity, H head size; the
-layout of kv_cache.py, for its reason). A forward pass computes one flat row of tokens, [1, T, D]: first one token of
-each decoding sequence, then chunks of prompts. Linear layers do not care whose tokens they see; attention does, and
-is done here, segment by segment:
+layout of kv_cache.py, for its reason). A forward pass computes one flat row of tokens, [1, T, D]: first the decode
+tokens, one for each decoding sequence, then the prompt chunks. Linear layers work on the row as it is; attention has
+to keep sequences apart and is computed here, segment by segment:
 
-    flat row   a b c d d d d d e e e      a, b, c: one token each, attended together over slots lo..hi
-               | decode  | chunk | chunk  d, e: parts of prompts, each over its own slot
+    flat row   a b c d d d d d e e e      a, b, c: one token each, one batched attention over slots lo..hi
+               | decode  | chunk | chunk  d, e: prompt chunks, each over its own slot
 
-Slots lo..hi are a view of the buffer, so nothing is copied; where a slot in between is idle it is computed too and
-dropped.
+Slots lo..hi are a view of the buffer, so no keys are copied; the result of an idle slot in between is dropped.
 """
 
 from collections.abc import Callable
@@ -28,15 +27,15 @@ _PATIENCE = 512  # passes a half empty buffer is kept before it shrinks
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start..start+count of one sequence's prompt, computed in one pass."""
+    """Prompt chunk: tokens start..start+count of the sequence in a slot, computed in one pass."""
 
     slot: int
     start: int
     count: int
 
 
-class Slots:
-    """The buffers of all layers, and how many tokens each slot holds is the engine's to know."""
+class SlotKVCache:
+    """The buffers of all layers. How many tokens each slot holds is the scheduler's knowledge."""
 
     def __init__(self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype, max_length: int):
         self.slots, self.max_length = slots, -(-max_length // _ROUND) * _ROUND
@@ -62,7 +61,7 @@ class Slots:
         return True
 
     def _resize(self, capacity: int) -> None:
-        # All of them before one is put in place: when memory runs out, nothing has changed.
+        # All of them are allocated before one replaces an old one: when memory runs out, nothing has changed.
         keys, values = (
             [_resized(buffer, min(capacity, self.capacity), capacity) for buffer in buffers]
             for buffers in (self.keys, self.values)
@@ -77,34 +76,28 @@ class Slots:
         )
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first tokens of one slot into another."""
+        """Copy the first `length` tokens' keys and values from one slot to another."""
         for buffers in (self.keys, self.values):
             for buffer in buffers:
                 buffer[target : target + 1, :, :length] = buffer[source : source + 1, :, :length].clone()
 
     def clear(self, slot: int) -> None:
-        """Zeros: hidden keys are multiplied by 0, and 0 times NaN would be NaN for the next sequence."""
+        """Zero a slot: masked values are multiplied by 0, and 0 times NaN would be NaN for the next sequence."""
         for buffers in (self.keys, self.values):
             for buffer in buffers:
                 buffer[slot : slot + 1] = paddle.zeros_like(buffer[slot : slot + 1])
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of all buffers in bytes."""
-        return sum(b.numel().item() * b.element_size() for b in (*self.keys, *self.values))
 
+class PassKVCache:
+    """The slot KV cache as the decoder layers see it in one forward pass: the interface of a KVCache.
 
-class Pass:
-    """One forward pass over the slots; stands where a KVCache stands in the decoder layers.
-
-    decoding: the slots that get one token each, in ascending order; lengths: what each of them holds before.
-    keys_written: called with the number of a layer when its keys and values are in their places, before anybody looks
-    at them.
+    decoding: slots of the decode tokens, in ascending order; lengths: tokens each of them holds before the pass.
+    keys_written: called with a layer's number when its keys and values are written, before attention reads them.
     """
 
     def __init__(
         self,
-        slots: Slots,
+        slots: SlotKVCache,
         decoding: list[int],
         lengths: list[int],
         chunks: list[Chunk],
@@ -133,8 +126,8 @@ class Pass:
             spread[decoding - self.lo] = np.arange(len(decoding))
             self.spread, self.collect = paddle.to_tensor(spread), paddle.to_tensor(decoding - self.lo)
 
-    def cut(self, begin: int, end: int, keys_written: Callable[[int], None]) -> "Pass":
-        """The pass over the tokens [begin, end) of this one's flat row; the decoding ones all are in it or all not."""
+    def cut(self, begin: int, end: int, keys_written: Callable[[int], None]) -> "PassKVCache":
+        """The cache for tokens [begin, end) of this pass's flat row, which holds all decode tokens or none of them."""
         pieces, at = [], self.B
         for chunk in self.chunks:
             low, high = max(begin, at), min(end, at + chunk.count)
@@ -142,10 +135,10 @@ class Pass:
                 pieces.append(Chunk(chunk.slot, chunk.start + low - at, high - low))
             at += chunk.count
         decodes = self.B if begin == 0 else 0
-        return Pass(self.slots, self.decoding[:decodes], self.lengths[:decodes], pieces, keys_written)
+        return PassKVCache(self.slots, self.decoding[:decodes], self.lengths[:decodes], pieces, keys_written)
 
     def attend(self, layer: int, q, k, v, mask, attention):
-        """q [1, T, N, H], k and v [1, T, K, H] of the flat row -> [1, T, N, H]. The mask is made here."""
+        """Attention: q [1, T, N, H], k and v [1, T, K, H] of the flat row -> [1, T, N, H]. Builds the masks itself."""
         if not self.chunks and self.keys_written is None:
             return self._decode(layer, q, k, v, attention)
         at, places = self.B, []
@@ -185,7 +178,7 @@ class Pass:
 
 
 def _resized(buffer, kept: int, capacity: int):
-    """A buffer [slots, K, capacity, H] that begins with the first `kept` tokens of another."""
+    """A buffer [slots, K, capacity, H] with the first `kept` tokens of another."""
     slots, K, _, H = buffer.shape
     made = paddle.zeros([slots, K, capacity, H], dtype=buffer.dtype)
     made[:, :, :kept] = buffer[:, :, :kept]

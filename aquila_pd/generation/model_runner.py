@@ -1,4 +1,4 @@
-"""One forward pass of the decoder over a flat row of many sequences' tokens."""
+"""Model runner: one forward pass of the decoder over the flat row of tokens of a step."""
 
 import numpy as np
 import paddle
@@ -6,14 +6,18 @@ import paddle
 from ..ops import threads
 from ..ops.rope import Angles
 from . import parallel_prefill
-from .kv_slots import Pass
+from .kv_slots import Chunk, PassKVCache, SlotKVCache
+from .scheduler import StepPlan
 
 HEAD_ROWS = 64  # rows of logits at a time: a prompt's would take 0.4 MB for each token
 SOFTMAX = 250  # operations of a product that take as long as the softmax of one score, on a CPU
 
 
-class Runner:
-    """A model's layers, run on what a Pass describes. The model is an AquilaForCausalLM."""
+class ModelRunner:
+    """An AquilaForCausalLM without its own KV cache: T tokens of many sequences in, hidden states and logits out.
+
+    D hidden, N query heads, K key/value heads, H head size, V vocabulary.
+    """
 
     def __init__(self, model):
         self.model, self.base = model, model.aquila
@@ -22,8 +26,20 @@ class Runner:
         self._of_token = 2 * D * (2 * (N + K) * H + 3 * config.intermediate_size)  # operations of a layer's products
         self._of_key = N * (4 * H + SOFTMAX)
 
+    def forward(self, plan: StepPlan, cache: SlotKVCache):
+        """Hidden states [T, D] of a step's decode tokens and prompt chunks; writes their keys and values."""
+        chunks = [Chunk(c.sequence.slot, c.start, c.count) for c in plan.chunks]
+        slots, lengths = [s.slot for s in plan.decoding], [s.computed for s in plan.decoding]
+        ids = [s.tokens[-1] for s in plan.decoding]
+        spans = [(s.computed, 1, s.computed + 1) for s in plan.decoding]
+        for chunk in plan.chunks:
+            prompt = chunk.sequence.prompt
+            ids += prompt[chunk.start : chunk.start + chunk.count]
+            spans.append((chunk.start, chunk.count, len(prompt)))
+        return self.hidden(ids, spans, PassKVCache(cache, slots, lengths, chunks))
+
     @paddle.no_grad()
-    def hidden(self, ids: list[int], spans: list[tuple[int, int, int]], cache: Pass):
+    def hidden(self, ids: list[int], spans: list[tuple[int, int, int]], cache: PassKVCache):
         """Hidden states [T, D] after the final norm of the flat row of ids [T].
 
         spans: (first position, count, key length) of each segment, in order.
@@ -32,21 +48,21 @@ class Runner:
         count = threads.count() if on_cpu else 1
         parts = [(0, len(ids))] if count == 1 else parallel_prefill.parts(self._costs(spans), cache.B, count)
         if len(parts) == 1:
-            return self._through(ids, spans, cache)
+            return self._layers(ids, spans, cache)
 
         def work(number: int, begin: int, end: int):
             some = list(parallel_prefill.cuts(spans, begin, end))
-            return lambda order: self._through(ids[begin:end], some, cache.cut(begin, end, order.gate(number)))
+            return lambda wavefront: self._layers(ids[begin:end], some, cache.cut(begin, end, wavefront.gate(number)))
 
         return paddle.concat(parallel_prefill.run([work(number, *part) for number, part in enumerate(parts)]))
 
     def _costs(self, spans: list[tuple[int, int, int]]) -> np.ndarray:
-        """How long each token of a flat row takes in a layer [T]: a share for itself, and one for each key it sees."""
+        """Operations of each token in a layer [T]: its matrix products, and attention over the keys before it."""
         keys = np.concatenate([np.arange(first + 1, first + count + 1) for first, count, _ in spans])
         return self._of_token + self._of_key * keys
 
-    def _through(self, ids: list[int], spans: list[tuple[int, int, int]], cache: Pass):
-        """`hidden`, all in this thread."""
+    def _layers(self, ids: list[int], spans: list[tuple[int, int, int]], cache: PassKVCache):
+        """`hidden` in the calling thread."""
         x = self.base.embed_tokens(paddle.to_tensor(ids, dtype="int64").unsqueeze(0))  # [1, T, D]
         angles = self._angles(spans)
         for layer in self.base.layers:
@@ -61,11 +77,11 @@ class Runner:
 
     @staticmethod
     def finite(hidden) -> bool:
-        """Whether hidden states [T, D] are numbers, and so the keys and values they were made with."""
+        """Whether hidden states [T, D] are finite, and so the keys and values they were computed from."""
         return bool(paddle.isfinite(hidden.astype("float32").sum()))
 
     def _angles(self, spans: list[tuple[int, int, int]]) -> Angles:
-        """Angles of T tokens; with dynamic scaling a function of each segment's own key length."""
+        """RoPE angles of T tokens; with dynamic scaling a function of each segment's own key length."""
         rotary = self.base.rotary
         stretched = any(rotary.is_stretched(keys) for _, _, keys in spans)
         groups = [[span] for span in spans] if stretched else [spans]

@@ -1,9 +1,9 @@
-"""One forward pass in several threads, each with a part of the flat row, one layer behind the other.
+"""Wavefront-parallel prefill on a CPU: threads share one forward pass, each on a part of the flat row, a layer apart.
 
-Other than matrix products, operations use one core (threads.py). So the row of a long prompt is cut in as many parts as
-there are cores, later ones shorter, as their tokens look at more keys; each goes through all layers on its own with
-products on one core. A token looks at keys of tokens before it: a part waits, in each layer, until the parts before it
-have written theirs.
+Operations other than matrix products use one core (threads.py). So the row of a long prompt is split into as many parts
+as there are cores, later ones shorter since their tokens attend to more keys; each part runs through all layers in a
+thread of its own with products on one core. Attention is causal: in each layer a part waits until all parts before it
+have written their keys.
 
     layer     0    1    2    3 ..
     part 0    x----x----x----x
@@ -23,8 +23,8 @@ LEAST = 64  # tokens of a part; with fewer, matrix products are not at full spee
 
 
 def parts(costs: np.ndarray, decoding: int, count: int) -> list[tuple[int, int]]:
-    """[begin, end) of parts of a flat row that take about as long, the first with all decoding tokens; one part where
-    more are not worth it. costs [T]: how long each token takes, in any unit."""
+    """Split a flat row into [begin, end) of about equal cost, all decode tokens in the first part; a single part where
+    more are not worth it. costs [T]: of each token, in any unit."""
     tokens = len(costs)
     count = min(count, (tokens - decoding) // LEAST, tokens // max(decoding, 1))
     if count < 2:
@@ -35,8 +35,8 @@ def parts(costs: np.ndarray, decoding: int, count: int) -> list[tuple[int, int]]
     return list(pairwise(ends))
 
 
-class Order:
-    """Who may attend: part i in a layer whose keys all parts before it have written."""
+class Wavefront:
+    """Synchronises the parts of one pass: part i may attend in a layer once parts 0..i-1 have written its keys."""
 
     def __init__(self, count: int):
         self._written = [0] * count  # layers, by part
@@ -44,7 +44,7 @@ class Order:
         self._changed = Condition()
 
     def gate(self, part: int) -> Callable[[int], None]:
-        """What a part calls with the number of a layer when it has written its keys; returns when it may go on."""
+        """The `keys_written` callback of a part: blocks until the part may attend in that layer."""
 
         def keys_written(layer: int) -> None:
             with self._changed:
@@ -57,36 +57,36 @@ class Order:
         return keys_written
 
     def fail(self, error: BaseException) -> None:
-        """Nobody waits any longer."""
+        """Wake all parts that wait; they raise Abandoned."""
         with self._changed:
             self.failure = self.failure or error
             self._changed.notify_all()
 
 
 class Abandoned(Exception):
-    """Another part of the same pass has failed."""
+    """Raised in a waiting part when another part of the pass has failed."""
 
 
-def run(works: list[Callable[[Order], object]]) -> list:
-    """Results of works, each called with the pass's Order in a thread of its own; the first error is raised when all
-    have ended."""
-    order = Order(len(works))
+def run(works: list[Callable[[Wavefront], object]]) -> list:
+    """Results of works, each called with the pass's Wavefront in a thread of its own; the first error is raised when
+    all have ended."""
+    wavefront = Wavefront(len(works))
 
     def guarded(work):
         try:
-            return work(order)
+            return work(wavefront)
         except BaseException as error:
-            order.fail(error)
+            wavefront.fail(error)
             raise
 
     try:
         return threads.together([partial(guarded, work) for work in works])
     except Abandoned:
-        raise order.failure from None
+        raise wavefront.failure from None
 
 
 def cuts(spans: list[tuple[int, int, int]], begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The spans (first position, count, key length) of the tokens [begin, end) of a flat row."""
+    """Spans (first position, count, key length) of a flat row, restricted to its tokens [begin, end)."""
     at = 0
     for first, count, keys in spans:
         low, high = max(begin, at), min(end, at + count)

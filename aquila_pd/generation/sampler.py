@@ -1,8 +1,8 @@
-"""From one row of logits to one token, in numpy: the same numbers on every device and whatever else is in the batch.
+"""Sampler: one row of logits to one token, in numpy, so that the result depends on neither device nor batch.
 
-A vocabulary has 100,000 entries and a row is looked at for every token, so nothing here sorts a whole
-row. Candidates are kept in the order of their ids: a draw then depends on their probabilities
-only, and not on the order in which nearly equal ones happen to be sorted.
+Penalties and logit bias, then temperature, top-k, top-p and min-p, then a draw. A vocabulary has 100,000 entries and
+every new token reads a row of them, so nothing here sorts a whole row. Candidates stay in the order of their ids: a
+draw depends on their probabilities only, and not on the order in which nearly equal ones happen to be sorted.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ COLDEST = np.float32(1e-30)  # a temperature: differences of logits divided by i
 
 
 def choose(logits: np.ndarray, sequence: Sequence) -> int:
-    """Draw the next token of a sequence from its logits [V], float32 and finite, which are left as they are."""
+    """Sample the next token of a sequence from its logits [V], float32 and finite; the logits are not modified."""
     params = sequence.params
     x = adjusted(logits, sequence) if params.adjusts else logits
     if params.greedy:
@@ -32,7 +32,7 @@ def choose(logits: np.ndarray, sequence: Sequence) -> int:
 
 
 def adjusted(logits: np.ndarray, sequence: Sequence) -> np.ndarray:
-    """Logits [V] with bias, penalties and the ban on early ends."""
+    """Logits [V] after penalties, logit bias and min_new_tokens (stop ids masked)."""
     params, x = sequence.params, logits.copy()
     if params.repetition_penalty != 1.0:
         seen = np.array(sorted({*sequence.prompt, *sequence.tokens}))
@@ -51,37 +51,37 @@ def adjusted(logits: np.ndarray, sequence: Sequence) -> np.ndarray:
 
 
 def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
-    """The tokens that may be drawn, in the order of their ids (None: all), and their weights, largest about 1."""
+    """Tokens left by top-k, top-p, min-p, in the order of their ids (None: all); their weights, the largest about 1."""
     ids = None
     if params.order == AQUILA:
         if params.top_p < 1:
             ids = nucleus(softmax(logits, 1.0), params.top_p)
         if params.top_k:
-            ids = _among(ids, largest(_taken(logits, ids), params.top_k))
-        weights = softmax(_taken(logits, ids), params.temperature)
+            ids = _compose(ids, largest(_subset(logits, ids), params.top_k))
+        weights = softmax(_subset(logits, ids), params.temperature)
     else:
         if params.top_k:  # before the temperature, which changes no order
             ids = largest(logits, params.top_k)
-        weights = softmax(_taken(logits, ids), params.temperature)
+        weights = softmax(_subset(logits, ids), params.temperature)
         if params.top_p < 1:
             kept = nucleus(weights, params.top_p)
-            ids, weights = _among(ids, kept), weights[kept]
+            ids, weights = _compose(ids, kept), weights[kept]
     if params.min_p:
         kept = np.flatnonzero(weights >= params.min_p * weights.max())
-        ids, weights = _among(ids, kept), weights[kept]
+        ids, weights = _compose(ids, kept), weights[kept]
     return ids, weights
 
 
-def _taken(x: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
+def _subset(x: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
     return x if ids is None else x[ids]
 
 
-def _among(ids: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
+def _compose(ids: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
     return kept if ids is None else ids[kept]
 
 
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Logits [V] -> weights [V], float32, the largest 1: nobody here needs them to sum to 1."""
+    """Unnormalised softmax: logits [V] -> weights [V], float32, the largest 1. No caller needs a sum of 1."""
     x = logits - logits.max()  # before the division: the largest is 0 at any temperature
     if temperature != 1.0:
         x /= max(np.float32(temperature), COLDEST)
@@ -89,7 +89,7 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def largest(x: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k largest entries of x [V], and of those that equal the last of them, in order of index.
+    """Top-k: indices of the k largest entries of x [V], ties with the last of them included, in ascending order.
 
     The k largest entries lie in the k blocks with the largest maxima.
     """
@@ -105,7 +105,7 @@ def largest(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, in order, of the fewest largest weights [V], float32, that hold the share top_p of their sum."""
+    """Top-p: ascending indices of the fewest largest weights [V], float32, that hold the share top_p of their sum."""
     wanted = top_p * weights.sum(dtype=np.float64)
     head = largest(weights, HEAD)
     if weights[head].sum(dtype=np.float64) >= wanted:  # nearly always
@@ -129,7 +129,7 @@ def _heaviest(weights: np.ndarray, wanted: float) -> np.ndarray:
 
 
 def draw_in_nucleus(weights: np.ndarray, top_p: float, random: np.random.Generator) -> int:
-    """A draw from `nucleus(weights, top_p)` that does not find all of it: draws of the whole until one lies in it.
+    """Rejection sampling from `nucleus(weights, top_p)`: draw from all weights [V] until the token lies in the nucleus.
 
     A token does when those before it hold less than the share: the heavier ones, and among equals those with lower
     ids. One try in 1 / top_p does.
@@ -144,7 +144,7 @@ def draw_in_nucleus(weights: np.ndarray, top_p: float, random: np.random.Generat
 
 
 def draw(weights: np.ndarray, u: float) -> int:
-    """The index whose share of the summed weights [V] holds u, 0 <= u < 1."""
+    """Inverse-CDF sampling: the index whose share of the summed weights [V] holds u, 0 <= u < 1."""
     starts = np.arange(0, len(weights), BLOCK * 4)
     sums = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
     wanted = u * sums[-1]
@@ -168,6 +168,6 @@ def logprob_of(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
 
 
 def finite(logits: np.ndarray) -> bool:
-    """Whether every logit [V] is a number: one sum, which NaN and infinities survive, and on suspicion each."""
+    """Whether all logits [V] are finite: one sum, which NaN and infinities survive, and only then entry by entry."""
     with np.errstate(invalid="ignore", over="ignore"):
         return bool(np.isfinite(logits.sum()) or np.isfinite(logits).all())

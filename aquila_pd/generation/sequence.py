@@ -1,4 +1,4 @@
-"""What goes through the engine: one Sequence for each continuation of a prompt, and the events it gives out."""
+"""Per-request state: Sequence, one for each continuation of a prompt; TokenEvent; finish reasons and errors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class NonFiniteLogits(GenerationError):
 
 
 class TokenLogprob(NamedTuple):
-    """Natural logarithm of a token's probability under the model, and of the likeliest ones, likeliest first."""
+    """Log-probability (natural) of a token, and top: those of the likeliest tokens, in descending order."""
 
     id: int
     logprob: float
@@ -30,7 +30,7 @@ class TokenLogprob(NamedTuple):
 
 
 class TokenEvent(NamedTuple):
-    """One step of one sequence. `token` is None in a last event that brings none (cancelled, error)."""
+    """A new token or the end of a sequence. `token` is None in a last event without one (cancelled, error)."""
 
     sequence: "Sequence"
     token: int | None
@@ -45,10 +45,10 @@ Listener = Callable[[TokenEvent], bool | None]
 class Sequence:
     """One continuation of a prompt.
 
-    tokens: ids drawn so far, a stop id included. logprobs: one for each of them when asked for; prompt_logprobs: one
-    for each token of the prompt but None for the first. finish_reason: None while it runs, then "stop" (stop_id says
-    by which id, None when its listener had enough), "length", "cancelled" or "error" (error says what).
-    reused: tokens of the prompt whose keys and values were already there.
+    tokens: sampled ids, a stop id included. logprobs: one for each of them if requested; prompt_logprobs: one for each
+    prompt token, None for the first. finish_reason: None while it runs, then "stop" (stop_id is the id, None when the
+    listener ended it), "length", "cancelled" or "error" (error holds the exception).
+    reused: prompt tokens taken from the prefix cache.
     """
 
     index: int
@@ -62,11 +62,11 @@ class Sequence:
     stop_id: int | None = None
     error: Exception | None = None
     reused: int = 0
-    # the engine's own
-    number: int = 0  # in the order of arrival
+    # for the scheduler and the engine
+    number: int = 0  # order of arrival
     slot: int | None = None
     computed: int = 0  # tokens of prompt + answer whose keys and values the slot holds
-    damaged: bool = False  # what the slot holds are no numbers
+    damaged: bool = False  # the slot holds NaN or infinite values
     random: np.random.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +87,15 @@ class Sequence:
         return self.computed < len(self.prompt)
 
     def ids(self, start: int, end: int) -> list[int]:
-        """Ids start..end of prompt and answer as one."""
+        """Ids start..end of prompt and answer, concatenated."""
         P = len(self.prompt)
         return self.prompt[start:end] + self.tokens[max(start - P, 0) : max(end - P, 0)]
+
+
+def nonfinite(sequence: Sequence) -> NonFiniteLogits:
+    """The error for NaN or infinite logits of a sequence."""
+    where = f"after {len(sequence.tokens)} tokens of an answer" if sequence.tokens else "for a prompt"
+    return NonFiniteLogits(
+        f"The model gave NaN or infinite logits {where}. A damaged weight or an overflow in half precision does this: "
+        "`aquila-pd convert --verify content` finds the first, dtype float32 or bfloat16 cures the second."
+    )

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP server over the generation engine: `aquila-pd serve`. How it is used: docs/serving.md."""
+"""OpenAI-compatible HTTP server on the continuous-batching engine: `aquila-pd serve`. Usage: docs/serving.md."""

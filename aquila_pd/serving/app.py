@@ -1,4 +1,4 @@
-"""The application: routes, each one line of its endpoint's module, in a frame that guards and logs."""
+"""FastAPI application: routes, exception handlers, middleware. Each endpoint has a module in api/."""
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -8,10 +8,12 @@ from starlette.responses import Response
 
 from ..runtime.versions import VERSION
 from .api import chat, tokens
+from .api import completions as completions_api
+from .api import seed as seed_api
 from .errors import ApiError, from_http, from_validation
-from .guard import Guard
+from .guard import AccessMiddleware
 from .metrics import CONTENT_TYPE
-from .middleware import Frame
+from .middleware import RequestMiddleware
 from .page import read_page
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, SeedRequest, TokenizeRequest
 from .service import Service
@@ -19,14 +21,14 @@ from .sse import Json
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application of one service, to be run by uvicorn; the worker is started by whoever runs it."""
+    """The ASGI application of one service. The server that runs it also starts the engine worker."""
     app = FastAPI(title="aquila_pd", version=VERSION, docs_url=None, redoc_url=None, default_response_class=Json)
     add_openai(app, service)
     add_others(app, service)
     add_errors(app)
     routes = frozenset(route.path for route in app.routes)
-    app.add_middleware(Guard, service=service)
-    app.add_middleware(Frame, service=service, routes=routes)  # added last, it stands outermost
+    app.add_middleware(AccessMiddleware, service=service)
+    app.add_middleware(RequestMiddleware, service=service, routes=routes)  # added last: the outermost
     return app
 
 
@@ -37,7 +39,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Response:
-        return await completions.answer(service, asked, request)
+        return await completions_api.answer(service, asked, request)
 
     def entry() -> dict:
         found = {"id": service.settings.name, "object": "model", "created": service.created, "owned_by": "aquila_pd"}
@@ -62,7 +64,7 @@ def add_others(app: FastAPI, service: Service) -> None:
 
     @app.post("/")
     async def seed(asked: SeedRequest, request: Request) -> Response:
-        return await seed.answer(service, asked, request)
+        return await seed_api.answer(service, asked, request)
 
     @app.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> Response:
@@ -89,14 +91,14 @@ def add_others(app: FastAPI, service: Service) -> None:
 
 
 def add_errors(app: FastAPI) -> None:
-    def told(error: ApiError, request: Request) -> Response:
+    def as_response(error: ApiError, request: Request) -> Response:
         request.state.record.outcome = request.state.record.outcome or error.code
         return Json(error.body(), error.status_code, headers=error.headers)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return told(from_http(error, request.method, request.url.path), request)
+        return as_response(from_http(error, request.method, request.url.path), request)
 
     @app.exception_handler(RequestValidationError)
     async def not_valid(request: Request, error: RequestValidationError) -> Response:
-        return told(from_validation(error), request)
+        return as_response(from_validation(error), request)

@@ -1,7 +1,7 @@
-"""An answer on its way from the engine to its client: tokens in, in the engine's thread; pieces of text out.
+"""Choices of a response: token events of the engine's thread in, deltas of text and log-probabilities out.
 
-A Choice makes pieces of one sequence's tokens. A piece may carry several tokens: those of half a character, or of what
-might have become a stop string, go out together with the text that they turn out to be.
+A Choice turns the tokens of one sequence into pieces. A piece may carry several tokens: those of half a character, or
+of what might have become a stop string, go out together with the text they prove to be.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ LENGTH, STOP = "length", "stop"
 
 @dataclass
 class Token:
-    """A generated token that its client sees: where it begins in the answer, and how likely it was when asked for."""
+    """A generated token in a response: its character offset in the answer, and its log-probability if requested."""
 
     id: int
     logprob: TokenLogprob | None
@@ -25,7 +25,7 @@ class Token:
 
 @dataclass
 class Piece:
-    """Text and tokens that one choice gained, and how it ended if it has."""
+    """A delta of one choice: text, tokens, and the finish reason in the last one."""
 
     choice: int
     text: str = ""
@@ -43,7 +43,7 @@ class Piece:
 
 
 class Choice:
-    """One of a request's answers. offsets: None when no log-probabilities are asked for, and no token is kept."""
+    """One of a request's n answers. offsets: None without log-probabilities; then no tokens are kept."""
 
     def __init__(self, number: int, text: TextStream, offsets: Offsets | None):
         self.number = number
@@ -53,7 +53,7 @@ class Choice:
         self._given = 0  # characters
 
     def take(self, event: TokenEvent) -> Piece:
-        """What one event adds. `done` says whether the answer has ended, by a stop string too."""
+        """The delta of one token event. `done` is set when the answer has ended, also by a stop string."""
         text = ""
         if event.token is not None and event.token != event.sequence.stop_id:
             self._keep(event)

@@ -1,4 +1,4 @@
-"""`aquila-pd serve DIR`: arguments, loading, and the server around it."""
+"""`aquila-pd serve DIR`: command-line options, model loading, server start."""
 
 import argparse
 import ipaddress
@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from ..text.engine_options import add_engine, count, engine_of
 from ..utils.command import run
 from ..utils.errors import ConfigError
 from .settings import Settings
@@ -27,12 +28,6 @@ def size(text: str) -> int:
 def port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port; 0 to 65535")
-    return int(text)
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of things; a whole number from 1")
     return int(text)
 
 
@@ -62,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=count, help="of the mathematics (default: the cores there are)")
     made.add_argument("--slots", type=count, default=8, help="answers generated at once (default: 8)")
     made.add_argument("--max-length", type=count, help="tokens of prompt and answer (default: the model's context)")
+    add_engine(made)
     made.add_argument("--max-queue", type=count, default=64, help="answers that wait for a slot (default: 64)")
     made.add_argument("--max-body", type=size, default=size("4M"), help="of a request, such as 512K (default: 4M)")
     made.add_argument(
@@ -135,7 +131,7 @@ def warn_if_open(host: str, settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 after an orderly end (SIGTERM, Ctrl-C), 1 for an error a person can mend, 2 for wrong arguments."""
+    """0 after graceful shutdown (SIGTERM, Ctrl-C), 1 for an error the user can fix, 2 for wrong arguments."""
     args = parser().parse_args(argv)
     return run(lambda: start(args))
 
@@ -159,6 +155,7 @@ def start(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         template=args.template,
         threads=args.threads,
+        **engine_of(args),
     )
     # OpenMP counts for each thread by itself, so the engine's is told too
     service = Service(loaded, settings, log, prepare=partial(use_threads, args.threads))

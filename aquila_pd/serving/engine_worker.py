@@ -1,6 +1,6 @@
-"""The engine's thread: requests go in through a queue of commands, pieces of answers come out to asyncio, step by step.
+"""Engine worker: the thread that owns the engine; a command queue in, deltas to the asyncio event loop out.
 
-Only this thread touches the engine. What a step brought for all requests crosses to the event loop in one call, so
+Only this thread touches the engine. The deltas of one step for all requests cross to the event loop in one call, so
 neither waits for the other. An exception out of a step ends the requests that were running, each with an error of its
 own; the engine is reset and the next request runs.
 """
@@ -23,7 +23,7 @@ LENGTH, ERROR = "length", "error"
 
 
 class Job:
-    """What one request asks of the engine: prompts, each continued params.n times. Choices count through both.
+    """The work of one request: prompts, each with params.n choices, numbered through both.
 
     sequences: the engine's, once it has them; to be read, not written, outside its thread.
     """
@@ -42,7 +42,7 @@ class Job:
         return len(self.prompts) * self.params.n
 
     def deliver(self, piece: Piece) -> None:
-        """In the event loop: a piece has come."""
+        """Event loop: queue a delta, merged into one of the same choice that is not taken yet."""
         if piece.choice in self._pieces:
             self._pieces[piece.choice].extend(piece)
         else:
@@ -52,12 +52,12 @@ class Job:
         self._wake.set()
 
     def fail(self, error: Failure) -> None:
-        """In the event loop: whoever waits for pieces gets this error, the first that came."""
+        """Event loop: the reader of the pieces gets this error, the first of several."""
         self._failure = self._failure or error
         self._wake.set()
 
     async def begun(self) -> None:
-        """Wait until there is something to say; raises the error if that is it."""
+        """Wait for the first delta; raises the error that came instead."""
         await self._wake.wait()
         if self._failure is not None:
             raise self._failure
@@ -75,7 +75,7 @@ class Job:
 
 
 class Worker:
-    """A thread that owns an engine.
+    """The thread that runs an engine's step loop.
 
     on_error: called in that thread with an exception out of the engine, for the log. prepare: called in it first.
     """
@@ -129,7 +129,7 @@ class Worker:
         return self._thread.is_alive()
 
     def trouble(self) -> str | None:
-        """Why this server should get no requests, in a sentence; None when it is well."""
+        """Why the health check fails, in a sentence; None when the worker is healthy."""
         if not self.alive:
             return "The engine's thread is not running."
         if self._in_a_row >= UNHEALTHY_AFTER:
@@ -146,7 +146,7 @@ class Worker:
             self._prepare()
             busy = False
             while not self._stopping:
-                self._obey(wait=not busy)
+                self._run_commands(wait=not busy)
                 busy = not self._stopping and self._step()
                 self._flush()
         except Exception as error:  # not out of a step: our own mistake, after which the engine cannot be trusted
@@ -156,8 +156,8 @@ class Worker:
                 self._fail(job, engine_failed())
             self._flush()
 
-    def _obey(self, *, wait: bool) -> None:
-        """Carry out what was asked since the last step; with nothing to compute, wait for the next command."""
+    def _run_commands(self, *, wait: bool) -> None:
+        """Run the commands queued since the last step; when idle, block until one comes."""
         with suppress(queue.Empty):
             self._commands.get(block=wait)()
             while True:
@@ -198,7 +198,7 @@ class Worker:
                 choices = [job.make_choice(i * job.params.n + j) for j in range(job.params.n)]
                 job.sequences += self.engine.add(prompt, job.params, self._listener(job, choices))
         except Exception as error:
-            self._fail(job, self._told(error, job))
+            self._fail(job, self._api_error(error, job))
             self._end(job)
 
     def _listener(self, job: Job, choices: list[Choice]) -> Callable[[TokenEvent], bool]:
@@ -206,13 +206,13 @@ class Worker:
             if job.ended:
                 return True
             if event.finish_reason == ERROR:
-                self._fail(job, self._told(event.sequence.error, job))
+                self._fail(job, self._api_error(event.sequence.error, job))
                 return True
             choice = choices[event.sequence.index]
             try:
                 piece = choice.take(event)
             except Exception as error:
-                self._fail(job, self._told(error, job))
+                self._fail(job, self._api_error(error, job))
                 return True
             if not piece.empty:
                 self._outbox.append((job.deliver, piece))
@@ -221,20 +221,20 @@ class Worker:
         return listen
 
     def _end(self, job: Job) -> None:
-        """Take a job's sequences out of the engine, those that still run."""
+        """Cancel the sequences of a job that still run."""
         job.ended = True
         for sequence in job.sequences:
             self.engine.cancel(sequence)
         self._jobs.discard(job)
 
     def _fail(self, job: Job, error: ApiError) -> None:
-        """Tell a job's reader; its sequences leave the engine after the step."""
+        """Send an error to a job's reader; its sequences are cancelled after the step."""
         if not job.ended:
             job.ended = True
             self._outbox.append((job.fail, error))
 
-    def _told(self, error: BaseException | None, job: Job) -> ApiError:
-        """An exception as what the client is told of it; what is nobody's fault outside goes to the log too."""
+    def _api_error(self, error: BaseException | None, job: Job) -> ApiError:
+        """Map an exception to the client's error; internal errors go to the log too."""
         if isinstance(error, NonFiniteLogits):
             return nonfinite(str(error))
         if isinstance(error, PromptTooLong):
@@ -247,7 +247,7 @@ class Worker:
         return engine_failed()
 
     def _flush(self) -> None:
-        """Hand what has come to the event loop, all in one call."""
+        """Deliver the outbox to the event loop in one call."""
         if self._outbox:
             batch, self._outbox = self._outbox, []
             with suppress(RuntimeError):  # the event loop has closed: nobody is left to tell

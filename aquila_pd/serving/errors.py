@@ -1,6 +1,6 @@
-"""Errors as OpenAI's clients know them: an HTTP status and {"error": {message, type, param, code}}.
+"""API errors in OpenAI's format: an HTTP status and {"error": {message, type, param, code}}.
 
-Every answer of the server that is no success is made here, whatever raised it.
+Every error response of the server is built here, whatever raised it.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ DO_NOT_RETRY = {"x-should-retry": "false"}  # honoured by OpenAI's clients, whic
 
 
 class ApiError(HTTPException):
-    """An error for the client. An HTTPException, so that FastAPI lets it through wherever it is raised."""
+    """An error response. An HTTPException, so that FastAPI passes it through wherever it is raised."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class ApiError(HTTPException):
 
 
 class ClientGone(Exception):
-    """The client hung up, or takes nothing any more; there is nobody to answer."""
+    """The client disconnected or stopped reading; no response can be delivered."""
 
     code = "client_gone"
 
@@ -117,7 +117,7 @@ CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def from_http(error: HTTPException, method: str, path: str) -> ApiError:
-    """What the framework raises by itself (unknown paths, wrong methods, unreadable bodies) as an ApiError."""
+    """Map the framework's own HTTPException (unknown path, wrong method, unreadable body) to an ApiError."""
     if isinstance(error, ApiError):
         return error
     messages = {

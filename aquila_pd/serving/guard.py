@@ -1,4 +1,4 @@
-"""Who may come in: checked before anything of a request is read.
+"""Access middleware: Host check, CORS preflight, API key, content type, body limit; all before a body is read.
 
 A server on this machine is reachable from every page in this machine's browser. Two things keep those out: POST takes
 application/json only, which a page of another origin may not send without being allowed to, and the Host header has
@@ -22,8 +22,8 @@ CORS_METHODS = "GET, POST"
 CORS_HEADERS = "authorization, content-type"
 
 
-class Guard:
-    """Refuses what may not come in; the rest it passes on, with a limit on what can be read of its body."""
+class AccessMiddleware:
+    """ASGI middleware that rejects unauthorised or malformed requests and limits the size and time of their bodies."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self._app, self._service, self._settings = app, service, service.settings
@@ -48,7 +48,7 @@ class Guard:
         await self._app(scope, self._limited(receive), send)
 
     def _check_host(self, scope: Scope) -> None:
-        """A name that is not this server's own is refused, unless a key shows that the caller is meant."""
+        """Protection from DNS rebinding: the Host has to be a name of this server, unless an API key is required."""
         host = (header(scope, b"host") or "").lower()
         if self._settings.api_key is None and not is_own(without_port(host), self._settings.hosts):
             raise ApiError(
@@ -100,7 +100,7 @@ class Guard:
         )
 
     def _limited(self, receive: Receive) -> Receive:
-        """The request's messages, until there are too many bytes or they come too slowly."""
+        """`receive` with a limit on the bytes of the body and on the time between its parts."""
         read, complete = 0, False
 
         async def limited() -> Message:

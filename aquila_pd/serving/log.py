@@ -1,4 +1,4 @@
-"""The server's log: one line for each request, and what went wrong. Written by a thread of its own.
+"""Access and error log: one line per request, exceptions with traceback; a writer thread behind a bounded queue.
 
 A disk that is full or a terminal that nobody reads costs lines, which are counted, and never a request.
 """

@@ -1,4 +1,4 @@
-"""Figures for Prometheus: requests, times, tokens, and the engine's own counts."""
+"""Prometheus metrics: request counters, latency histograms, engine counters and gauges."""
 
 from collections.abc import Iterator
 
@@ -15,11 +15,11 @@ LATELY = 0.1  # weight of the newest request in the mean that Retry-After rests 
 
 
 class Metrics:
-    """One server's figures, in a registry of their own. service: where the live ones are read."""
+    """The metrics of one server in a registry of their own. service: where EngineCollector reads."""
 
     def __init__(self, service):
         self.registry = CollectorRegistry()
-        self.registry.register(EngineFigures(service))
+        self.registry.register(EngineCollector(service))
         made = {"registry": self.registry}
         self.requests = Counter(P + "requests", "HTTP requests by route and status", ["route", "status"], **made)
         self.seconds = Histogram(P + "request_seconds", "Whole requests", ["route"], buckets=SECONDS, **made)
@@ -29,7 +29,7 @@ class Metrics:
         self._mean = 1.0
 
     def mean_seconds(self) -> float:
-        """How long generations took lately."""
+        """Moving average of the time a generation takes."""
         return self._mean
 
     def finished(self, record: Record) -> None:
@@ -49,8 +49,8 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class EngineFigures:
-    """The engine's counts and the log's, read when Prometheus asks."""
+class EngineCollector:
+    """Collector of the engine's and the log's counters, read at scrape time."""
 
     def __init__(self, service):
         self._service = service

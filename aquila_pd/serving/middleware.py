@@ -1,4 +1,4 @@
-"""Around every request: its id, its log line, its headers, and an error in words whatever happens inside."""
+"""Request middleware: request id, access log, security and CORS headers, uncaught exceptions as JSON errors."""
 
 import asyncio
 import secrets
@@ -22,8 +22,8 @@ SECURITY = {
 EXPOSED = "x-request-id, retry-after"
 
 
-class Frame:
-    """The outermost part of the application."""
+class RequestMiddleware:
+    """The outermost ASGI middleware of the application."""
 
     def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str]):
         self._app, self._service, self._routes = app, service, routes

@@ -1,4 +1,4 @@
-"""The chat page and the header that lets it load nothing but itself."""
+"""The chat page and its Content-Security-Policy."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ def read_page() -> tuple[bytes, dict[str, str]]:
 
 
 def policy(page: bytes) -> str:
-    """Only the scripts and styles in the page count, whatever an answer may bring into it; it talks to us alone."""
+    """A policy of hashes: only the page's own inline scripts and styles run, whatever a model's output contains."""
     return (
         f"default-src 'none'; script-src {hashes(SCRIPT, page)}; style-src {hashes(STYLE, page)}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -1,4 +1,4 @@
-"""What clients may ask: the request bodies of every endpoint, read strictly.
+"""Request schemas of every endpoint: strict pydantic models.
 
 A parameter that is not honoured is refused by name. Some of those that OpenAI's clients send have a value that asks
 for nothing (tools: [], response_format: {"type": "text"}); that value is accepted, and no other.
@@ -99,7 +99,7 @@ class StreamOptions(Strict):
 
 
 class Asked(Strict):
-    """What both endpoints share: how tokens are drawn, and when the answer ends."""
+    """Sampling and stop parameters that chat and text completions share."""
 
     model: str | None = None
     stream: bool | None = None

@@ -1,4 +1,4 @@
-"""A request while the engine works on it, and who may end it early: its client, its time, the server."""
+"""Per-request state: a running job as a context manager, ended early by disconnect, timeout or shutdown."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +15,7 @@ from .errors import ApiError, ClientGone, Failure, timed_out
 
 @dataclass
 class Record:
-    """What is known of one HTTP request, for its log line and the metrics."""
+    """Access-log and metrics record of one HTTP request."""
 
     request_id: str
     began: float = field(default_factory=monotonic)
@@ -29,9 +29,9 @@ class Record:
 
 
 class Running:
-    """A job given to the worker, as a context: left, it is out of the engine, whatever was unfinished.
+    """A submitted job as a context manager: on exit its sequences are cancelled, finished or not.
 
-    The client's hanging up and the time limit end it with their errors; so does `fail`, for the server's stop.
+    A client's disconnect and the request timeout end it with an error of their own; so does `fail`, at shutdown.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Running:
         self.close(error)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Out of the engine, the count and the clock. error: what ended it early, if anything did."""
+        """Cancel the job, stop its timer and count its tokens. error: what ended it early, if anything did."""
         self._watch.cancel()
         self._timer.cancel()
         self._worker.cancel(self.job)

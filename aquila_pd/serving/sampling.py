@@ -1,4 +1,4 @@
-"""From a request's parameters to the engine's, with the limits of the model that runs."""
+"""Map request parameters to SamplingParams, checked against the vocabulary and the context length."""
 
 from ..generation import SamplingParams
 from ..utils.errors import GenerationError

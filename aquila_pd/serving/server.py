@@ -1,4 +1,4 @@
-"""uvicorn with our own beginning and end: one line when it is ready, and streams that are finished before it leaves."""
+"""uvicorn server with a readiness line and graceful shutdown: running streams finish before it exits."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Runs one application until SIGTERM or SIGINT; at a second one it does not wait for running requests."""
+    """Serves one application until SIGTERM or SIGINT; a second signal ends running requests at once."""
 
     def __init__(self, app: FastAPI, service: Service, say: Callable[[str], None]):
         config = uvicorn.Config(
@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
 
     def leave(self) -> None:
-        """Finish what is running, then end; called again, running requests are ended instead."""
+        """Graceful shutdown: refuse new requests, finish running ones; a second call ends those too."""
         if self._leaving is not None:
             self._service.hurry = True
             return
@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
 
 
 class UvicornLog(logging.Handler):
-    """What uvicorn itself has to say, in our log."""
+    """logging.Handler that writes uvicorn's warnings to the server's log."""
 
     def __init__(self, service: Service):
         super().__init__(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What all endpoints share: one model with its tokenizer, the worker, and the count of what may run at once."""
+"""Service: state shared by all endpoints: model, tokenizer, engine worker, metrics, admission limit."""
 
 import asyncio
 import time
@@ -30,7 +30,7 @@ LAST_WORDS = 5.0  # seconds for the last events of streams, when the server stop
 
 
 class Model(Protocol):
-    """What chat.loading.load() returns, as far as it is used here."""
+    """The part of text.loading.Loaded that is used here."""
 
     tokenizer: object
     engine: Engine
@@ -40,7 +40,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """One request's work, ready for the engine."""
+    """A validated request in the engine's terms."""
 
     prompts: list[list[int]]
     params: SamplingParams
@@ -69,7 +69,7 @@ class Service:
     # -------------------------------------------------------------------------------------------- text and ids
 
     async def off_loop(self, param: str, function: Callable, *arguments: object):
-        """Call a function of the tokenizer or of the prompts in their thread; what they refuse is `param`'s fault."""
+        """Run a tokenizer or template function in its thread; its errors become a 400 that names `param`."""
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._tokenizing, function, *arguments)
@@ -105,7 +105,7 @@ class Service:
     # ------------------------------------------------------------------------------------------------- running
 
     def begin(self, request: Request, wanted: Wanted) -> Running:
-        """Give work to the engine. Raises ApiError when the server is full, stopping, or without an engine."""
+        """Submit work to the engine. Raises ApiError when the queue is full, the server stops or the engine is dead."""
         count = len(wanted.prompts) * wanted.params.n
         at_most(count, self.settings.most_sequences)
         if self.stopping:
@@ -125,14 +125,14 @@ class Service:
         return running
 
     def require_room(self, count: int) -> None:
-        """Raise ApiError when `count` answers more would be too many."""
+        """Admission control: raise ApiError 429 when `count` more sequences exceed slots and queue."""
         taken = sum(running.job.count for running in self.running)
         if taken + count > self.settings.most_sequences:
             self.metrics.rejected.inc()
             raise overloaded(taken, self.retry_after(taken))
 
     def retry_after(self, taken: int) -> int:
-        """Seconds until there should be room, from how long answers took lately."""
+        """Retry-After in seconds, estimated from the recent mean time of generations."""
         seconds = self.metrics.mean_seconds() * taken / self.settings.slots / 2
         return round(min(max(seconds, SHORTEST_RETRY), LONGEST_RETRY))
 

@@ -1,4 +1,4 @@
-"""What a server was told about its limits and doors: plain data, made from the command line."""
+"""Settings: limits and access control of a server, a frozen dataclass built from the command line."""
 
 from dataclasses import dataclass
 

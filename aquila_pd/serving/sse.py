@@ -1,6 +1,6 @@
-"""Server-sent events as OpenAI sends them: `data: {...}`, an empty line, and `data: [DONE]` at the end.
+"""Server-sent events (SSE) in OpenAI's framing: `data: {...}`, an empty line, `data: [DONE]` at the end.
 
-A client that takes nothing for a while is cut off; one that hangs up ends its request at once.
+A client that reads nothing for a while is disconnected; a disconnect ends its request at once.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ def dumps(value: object) -> bytes:
 
 
 class Reply(Protocol):
-    """What an endpoint makes of the pieces of its answers."""
+    """Response builder of an endpoint: deltas to JSON, whole or chunk by chunk."""
 
     def whole(self, pieces: list[Piece]) -> dict: ...
 
@@ -33,7 +33,7 @@ class Reply(Protocol):
 
 
 class Json(JSONResponse):
-    """An answer that is one JSON value."""
+    """JSON response without NaN and infinity."""
 
     def render(self, content: object) -> bytes:
         return dumps(content)
@@ -59,7 +59,7 @@ def event(value: dict) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """The chunks of a running request. Closing it, however it ends, ends the request.
+    """SSE response of a running request; the request ends with the stream, however that ends.
 
     An error on the way is an event of its own, then comes the end like any other: clients see that it is complete.
     """

@@ -1,4 +1,4 @@
-"""What single tokens are as text and as bytes, for the log-probabilities of an answer."""
+"""Text and bytes of single tokens, for OpenAI's log-probability formats."""
 
 import codecs
 from functools import lru_cache
@@ -46,7 +46,7 @@ class Vocabulary:
 
 
 class Offsets:
-    """Where in the text each token begins, counted in characters: a token inside a character begins where that does.
+    """text_offset of each token, in characters: a token inside a character has the offset of that character.
 
     strip_start: white space at its beginning is no part of the text. special: special tokens are.
     """

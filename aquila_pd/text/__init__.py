@@ -1,1 +1,1 @@
-"""Text around the engine, for chat, serving, data and evaluation: loading, prompts, text streams, answers."""
+"""Text in and out of the engine: model loading, chat prompts, incremental detokenization. Shared by all its users."""

@@ -1,4 +1,4 @@
-"""Answer: one sequence of the engine as text, ended at stop strings; and running an engine so that it stays usable."""
+"""Answer: a listener that detokenizes one sequence and stops it at stop strings; run(): the engine's step loop."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,7 +7,7 @@ from .text_stream import TextStream
 
 
 class Answer:
-    """The text of one sequence while it runs: the listener to give to `Engine.add`.
+    """Incremental text of one sequence: a listener for `Engine.add`.
 
     say: called with each new piece of text. stop, strip_start, follows: see TextStream.
     The token that ended the sequence is no text, whether the tokenizer calls it special or not.
@@ -26,7 +26,7 @@ class Answer:
         self._say = say
 
     def __call__(self, event: TokenEvent) -> bool:
-        """Take a token; True when the answer has ended at a stop string."""
+        """Handle a token event; True when a stop string ends the answer."""
         piece = ""
         if event.token is not None and event.token != event.sequence.stop_id:
             piece = self._stream.push(event.token)
@@ -46,9 +46,9 @@ class Answer:
 
 
 def run(engine: Engine, sequences: Iterable[Sequence], *, until: Callable[[], bool] = lambda: False) -> None:
-    """Step until the sequences have ended. Whatever comes out of a step, Ctrl-C too, leaves the engine usable.
+    """Step the engine until the sequences have ended. Any exception out of a step, Ctrl-C too, resets the engine.
 
-    until: asked between steps; when it says so, the sequences that still run are cancelled.
+    until: polled between steps; once it returns True, the sequences that still run are cancelled.
     """
     sequences = list(sequences)
     try:
@@ -62,6 +62,6 @@ def run(engine: Engine, sequences: Iterable[Sequence], *, until: Callable[[], bo
 
 
 def raise_error(sequence: Sequence) -> None:
-    """Raise what ended a sequence, if an error did."""
+    """Raise the error that ended a sequence, if there is one."""
     if sequence.error is not None:
         raise sequence.error

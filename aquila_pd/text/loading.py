@@ -1,4 +1,4 @@
-"""load(): a converted folder as everything a command needs to talk to the model in it."""
+"""load(): model, tokenizer, engine, chat template and stop ids of a converted folder, checked against each other."""
 
 import logging
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ TORCH_FILES = ("*.bin", "*.gguf", "*.pt", "*.pth")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to talk.
+    """A model with its engine and everything around it.
 
     prompts: None when the folder has no chat template and none was named. stop_ids: where the continuation of a plain
     text ends; an answer's ends are prompts.stop_ids and prompts.stop_strings.
@@ -59,14 +59,17 @@ def load(
     dtype: str | None = None,
     slots: int = 8,
     max_length: int | None = None,
+    prefill_chunk: int = 512,
+    prefix_reuse: bool = True,
     template: str | None = None,
     threads: int | None = None,
     needs_template: bool = False,
 ) -> Loaded:
-    """The model of a converted folder, ready to talk. Turns PaddleNLP's log down to warnings, for the whole process.
+    """Load a converted folder for generation. Sets PaddleNLP's log level to WARNING for the whole process.
 
-    dtype: see AquilaForCausalLM.from_pretrained. slots, max_length: see Engine. template: a chat template's name in
-    place of the folder's own. threads: of the mathematics; default is one for each core this process may use.
+    dtype: see AquilaForCausalLM.from_pretrained. slots, max_length, prefill_chunk, prefix_reuse: see Engine. template:
+    a chat template's name in place of the folder's own. threads: of the mathematics; default is one for each core this
+    process may use.
     needs_template: a folder without chat template is an error, before its weights are read.
     Raises CheckpointError for a folder that is not a converted one, with the command that makes it one; ConfigError,
     TokenizerError and GenerationError for what is in it, or for options that do not fit it.
@@ -85,12 +88,12 @@ def load(
     model = AquilaForCausalLM.from_pretrained(str(folder), dtype=dtype, fused=True)
     check_vocabulary(tokenizer, model, folder)
     model.eval()
-    engine = Engine(model, slots=slots, max_length=max_length)
+    engine = Engine(model, slots=slots, max_length=max_length, prefill_chunk=prefill_chunk, prefix_reuse=prefix_reuse)
     return Loaded(folder.resolve().name, tokenizer, model, engine, prompts, stop_ids)
 
 
 def quiet() -> None:
-    """PaddleNLP says every file it reads; only what somebody should act on is left."""
+    """Silence the base library, which logs every file it reads; warnings and errors stay."""
     base.log_warnings_only()
 
 
@@ -101,7 +104,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CheckpointError unless the folder holds our Paddle weights, as far as names tell."""
+    """Raise CheckpointError unless the folder holds our Paddle weights, judged by file and tensor names."""
     if folder.suffix == ".gguf" and folder.is_file():
         raise CheckpointError(f"{folder} is a GGUF file, not a folder that Paddle loads. {_how_to_convert(folder)}")
     if not folder.is_dir():
@@ -146,7 +149,7 @@ def check_vocabulary(tokenizer: AquilaTokenizer, model: AquilaForCausalLM, folde
 
 
 def stop_ids_of(tokenizer: AquilaTokenizer, folder: Path) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's eos, and what config.json and generation_config.json name.
+    """Stop ids: the tokenizer's eos, and eos_token_id of config.json and generation_config.json.
 
     Of these only special tokens: published files are known to name ids out of LLaMA's vocabulary, which are ordinary
     words here.
@@ -163,6 +166,6 @@ def stop_ids_of(tokenizer: AquilaTokenizer, folder: Path) -> tuple[int, ...]:
 
 
 def _eos_in(file: Path) -> list:
-    """What a JSON file of the folder names as eos_token_id: nothing, one id or several."""
+    """eos_token_id of a JSON file in the folder as a list: empty, one id or several."""
     named = read_object(file, CheckpointError).get("eos_token_id") if file.is_file() else None
     return named if isinstance(named, list) else [] if named is None else [named]

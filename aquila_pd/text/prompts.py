@@ -1,4 +1,4 @@
-"""Conversations as prompts for one tokenizer: their ids, what ends an answer, and what fits into a context."""
+"""Chat prompts: a chat template applied for one tokenizer, its stop ids and stop strings, truncation to a context."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -11,7 +11,7 @@ OWN = "the folder's own"  # the name of a template that is none of ours
 
 
 class ChatPrompts:
-    """How conversations are written for one model.
+    """A chat template bound to a tokenizer.
 
     template: a name, or None for the one that the tokenizer's folder records. eos_ids: ids that end an answer by the
     model's config files, besides the tokenizer's own. Raises ConfigError when there is no template, its name is not
@@ -35,17 +35,17 @@ class ChatPrompts:
         self.stop_strings, self.stop_ids = self._ends(eos_ids)
 
     def encode(self, messages: Sequence[Mapping]) -> list[int]:
-        """The ids of a prompt that the model goes on from with its answer. Raises ChatError."""
+        """Prompt ids of a conversation, with the generation prompt at their end. Raises ChatError."""
         return self.tokenizer.encode_pieces(self.pieces(messages))
 
     def pieces(self, messages: Sequence[Mapping], add_generation_prompt: bool = True) -> list[Piece]:
-        """The conversation's text in pieces, which training needs. Raises ChatError."""
+        """The rendered conversation in pieces, which say what is a training target. Raises ChatError."""
         if self._template:
             return self._template.render(messages, add_generation_prompt)
         return self.tokenizer.chat_pieces(messages, add_generation_prompt=add_generation_prompt)
 
     def fit(self, messages: Sequence[Mapping], max_tokens: int) -> tuple[list[Mapping], int]:
-        """The messages whose prompt has at most max_tokens tokens, and how many turns were dropped for that.
+        """Truncate a conversation to a prompt of at most max_tokens tokens: messages kept, number of turns dropped.
 
         A turn is a user's message with the answers to it. The oldest go first, as few as it takes; the system message
         and the last turn stay. Raises ChatError when even these do not fit.
@@ -71,7 +71,7 @@ class ChatPrompts:
         return kept, most
 
     def _ends(self, eos_ids: Iterable[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """(texts, ids) at which an answer ends. A text that is one special token is an id: it never shows as text."""
+        """(stop strings, stop ids). A stop string that is a special token becomes a stop id: it is never text."""
         tokenizer = self.tokenizer
         special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         eos = [tokenizer.eos_token_id] if tokenizer.eos_token is not None else []
@@ -84,7 +84,7 @@ class ChatPrompts:
         return texts, tuple(dict.fromkeys(ids))
 
     def _foreign_ends(self) -> list[str]:
-        """What a template of somebody else's writes behind an answer, if that is a special token."""
+        """What a Jinja template of the folder writes behind an answer; a stop id if it is a special token."""
         try:
             pieces = self.pieces(EXAMPLE, add_generation_prompt=False)
         except ChatError:  # it wants other conversations: the tokenizer's eos has to do

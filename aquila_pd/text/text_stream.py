@@ -1,7 +1,7 @@
-"""TextStream: token ids in, text out as soon as it is certain; stop strings on the way.
+"""TextStream: incremental detokenization with stop strings; text goes out as soon as no later token can change it.
 
-What a token is worth is not known when it is drawn: a Chinese character or an emoji may be spread over several, and
-text may turn out to have been the beginning of a stop string. Nothing is decoded twice; each token costs the same.
+A token alone does not determine its text: a Chinese character or an emoji may be spread over several tokens, and text
+may prove to be the beginning of a stop string. Nothing is decoded twice; each token costs the same.
 """
 
 import codecs
@@ -17,7 +17,7 @@ BYTE_TOKENS = {f"<0x{value:02X}>": value for value in range(256)}
 
 
 class ByteLevelText:
-    """Text of byte-level tokens: one stream of bytes, decoded as UTF-8, damaged bytes as U+FFFD.
+    """Incremental decoder of byte-level BPE tokens: one UTF-8 stream, invalid bytes as U+FFFD.
 
     as_written: added tokens that are no bytes though their letters look like it. Aquila's vocabularies have none. Where
     one comes later, decode() does not join a character's bytes across a special token; here they are joined by then.
@@ -42,7 +42,7 @@ class ByteLevelText:
 
 
 class SentencePieceText:
-    """Text of SentencePiece tokens: pieces, and runs of bytes for what is no piece.
+    """Incremental decoder of SentencePiece tokens: pieces, and runs of byte-fallback tokens.
 
     A run is decoded as a whole: one wrong byte at its end makes U+FFFD of every byte before it. So nothing of a run is
     certain until a piece follows. strip: how many spaces the very beginning of the text loses.
@@ -75,7 +75,7 @@ class SentencePieceText:
 
 
 class StopStrings:
-    """Text on its way out, held back while it may begin a stop string, cut before the one that begins first."""
+    """Stop-string matching on streamed text: holds back what may begin a stop string, cuts before the first match."""
 
     def __init__(self, stop: Iterable[str]):
         self._stop = tuple(stop)
@@ -119,7 +119,7 @@ class StopStrings:
 
 
 class TextStream:
-    """The text of one answer while it is generated.
+    """Incremental text of one sequence.
 
     All that push() and finish() return, joined, is tokenizer.decode(ids, skip_special_tokens=True), cut before the
     stop string that begins first. No U+FFFD goes out that a later token would turn into a character.
@@ -169,7 +169,7 @@ class TextStream:
 
 
 def text_of(tokenizer, *, follows: bool = False) -> ByteLevelText | SentencePieceText:
-    """What turns the tokenizer's tokens into text, as its decoder does; begun anew for each answer."""
+    """An incremental decoder equal to the tokenizer's own; a new one for each answer."""
     decoder = json.loads(tokenizer.backend.decoder.__getstate__()) if tokenizer.backend.decoder else {}
     if decoder.get("type") == "ByteLevel":
         return ByteLevelText(frozenset(tokenizer.added_tokens_decoder[i].content for i in tokenizer._decode_alone))

@@ -1,11 +1,10 @@
 """The chat page as `aquila-pd serve` serves it, with a tiny model behind it: the two speak the same language."""
 
 import re
-import time
 
 import pytest
 from chat_factory import tiny_chat_folder
-from serving_factory import Running, running, wait_for
+from serving_factory import Brake, Running, running, wait_for
 
 from aquila_pd.text.loading import load
 
@@ -24,13 +23,6 @@ def served(folder, **settings):
 
 def tab_of(open_url, server: Running, title: str = "tiny"):
     return open_url(server.url.rstrip("/"), title)
-
-
-def slow_down(server: Running, monkeypatch) -> None:
-    """So that a person, or a test, can stop an answer of a model this small."""
-    engine = server.service.engine
-    step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.05) or step())
 
 
 def test_turns_retry_and_settings_with_the_real_server(folder, open_url):
@@ -53,14 +45,15 @@ def test_turns_retry_and_settings_with_the_real_server(folder, open_url):
         wait_for(server.quiet)
 
 
-def test_stop_frees_the_engine_and_a_full_context_is_explained(folder, open_url, monkeypatch):
+def test_stop_frees_the_engine_and_a_full_context_is_explained(folder, open_url):
     with served(folder) as server:
-        slow_down(server, monkeypatch)
         tab = tab_of(open_url, server)
         tab.set(temperature="2", seed="1")
-        tab.say("写很多字")
-        tab.wait("document.querySelector('.assistant .body').textContent.length > 3")
-        tab.page.click("#go")
+        with Brake(server, steps=20):  # far from the end of the answer, whenever the button is pressed
+            tab.say("写很多字")
+            tab.wait("document.querySelector('.assistant .body').textContent.length > 3")
+            tab.page.click("#go")
+            wait_for(lambda: not server.service.running)
         wait_for(server.quiet)
         tab.see(".assistant .note", "Stopped.")
         tab.expect_refusals()

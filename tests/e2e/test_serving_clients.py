@@ -11,7 +11,7 @@ import chat_factory
 import numpy as np
 import pytest
 from paths import ROOT
-from serving_factory import chat_body, running, sse, wait_for
+from serving_factory import Brake, chat_body, running, sse, wait_for
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.slow
@@ -112,10 +112,12 @@ def test_the_async_sdk_runs_many_at_once(loaded, server, expected):
 
 def test_the_sdk_leaves_a_stream_and_the_server_notices(server, client):
     before = server.service.engine.stats.finished["cancelled"]
-    with client.chat.completions.create(
-        model="tiny", messages=MESSAGES, stream=True, logit_bias={"319": -100}
-    ) as stream:
-        next(iter(stream))
+    with Brake(server, steps=3):
+        with client.chat.completions.create(
+            model="tiny", messages=MESSAGES, stream=True, logit_bias={"319": -100}
+        ) as stream:
+            next(iter(stream))
+        wait_for(lambda: not server.service.running)
     wait_for(server.quiet)
     assert server.service.engine.stats.finished["cancelled"] == before + 1
 

@@ -237,7 +237,7 @@ def test_a_closed_pipe_ends_the_program_quietly(folder):
     done.stdout.close()
     done.stdin.write(b"Hello\n")
     done.stdin.close()
-    assert done.wait(60) == 141
+    assert done.wait(120) == 141
     assert b"Traceback" not in done.stderr.read()
     done.stderr.close()
 
@@ -288,12 +288,12 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(chat, says, tokenizer, monke
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
             time.sleep(60)
+            count.append("slept to the end")
         return step(self)
 
     monkeypatch.setattr(Engine, "step", endless)
-    begin = time.monotonic()
     status, _, err = chat("Hello\n/retry\n")
-    assert time.monotonic() - begin < 50, "the step slept for 60 s"
+    assert "slept to the end" not in count
     assert status == 0 and "stopped by Ctrl-C" in err
 
 
@@ -332,7 +332,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.master, keys.encode())
 
-    def wait_for(self, pattern: str, *, seconds: float = 60) -> str:
+    def wait_for(self, pattern: str, *, seconds: float = 120) -> str:
         """What was shown until the pattern appeared, which is taken away."""
         end = time.monotonic() + seconds
         while True:
@@ -348,7 +348,7 @@ class Terminal:
                 self.shown += os.read(self.master, 65536)
 
     def close(self) -> int:
-        status = self.process.wait(30)
+        status = self.process.wait(120)
         os.close(self.master)
         return status
 
@@ -367,10 +367,8 @@ def test_a_whole_conversation_in_a_terminal(tmp_path):
     everything = screen.wait_for(r"/help lists commands\..*\n> ")
     assert "chat template aquila-v1, context of 8,192 tokens" in everything
 
-    time.sleep(
-        0.5
-    )  # the prompt shows a moment before readline waits; Python sees a signal in between with the next key
     screen.type("\x03")  # Ctrl-C at the prompt
+    screen.type("\n")  # the prompt shows a moment before readline waits; Python sees a signal in between with this key
     everything += screen.wait_for(r"Ctrl-D or /quit leaves; Ctrl-C stops an answer\.[^>]*> ")
 
     screen.type("你好，please\n")

@@ -19,7 +19,7 @@ from generation_reference import (
 )
 
 from aquila_pd.generation import Engine, NonFiniteLogits, SamplingParams, Sequence
-from aquila_pd.generation.kv_slots import Slots
+from aquila_pd.generation.kv_slots import SlotKVCache
 
 LONGEST_ANSWER = 12
 BAD = 7  # the token whose row is damaged, where one is
@@ -244,7 +244,9 @@ def test_answers_in_hundreds_of_mixes_are_the_answers_alone(kind, count):
 def test_control_a_prefix_copied_one_token_short_is_noticed(monkeypatch):
     """A prefix copied one token short: the kind of mistake schedules are for."""
     world = World.of("grouped heads")
-    copy = Slots.copy
-    monkeypatch.setattr(Slots, "copy", lambda self, source, target, length: copy(self, source, target, length - 1))
+    copy = SlotKVCache.copy
+    monkeypatch.setattr(
+        SlotKVCache, "copy", lambda self, source, target, length: copy(self, source, target, length - 1)
+    )
     with pytest.raises(AssertionError):
         play_many(world, count=8, requests=10, seed=1)

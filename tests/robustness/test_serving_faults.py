@@ -7,7 +7,7 @@ import threading
 import chat_factory
 import fake_engine
 import pytest
-from serving_factory import running, wait_for
+from serving_factory import Brake, running, wait_for
 
 from aquila_pd.serving.log import Log
 from aquila_pd.text.text_stream import TextStream
@@ -32,16 +32,18 @@ def test_an_engine_that_raises_ends_what_was_running_and_nothing_else(server):
         answers[name] = server.chat(content, **more)
 
     others = [threading.Thread(target=ask, args=(f"other {i}", "endless")) for i in range(3)]
-    for thread in others:
-        thread.start()
-    wait_for(lambda: server.service.engine.stats.running == 3)
-    ask("guilty", "boom<2>")
-    for thread in others:
+    everybody = [*others, threading.Thread(target=ask, args=("guilty", "boom<2>"))]
+    with Brake(server):
+        for thread in everybody:
+            thread.start()
+        wait_for(lambda: len(server.service.running) == 4)  # all are with the worker before the first step ends
+    for thread in everybody:
         thread.join()
     for response in answers.values():
         assert response.status_code == 500 and response.json()["error"]["code"] == "engine_error"
         assert "boom" not in response.text, "the inside is for the log"
-    assert server.service.engine.resets == 1 and server.quiet()
+    assert server.service.engine.resets == 1
+    wait_for(server.quiet)
     assert server.metric("aquila_pd_engine_errors_total") == 1
     assert server.chat("say<still here>").json()["choices"][0]["message"]["content"] == "still here"
     wait_for(lambda: "RuntimeError: the engine went boom" in server.log_file.read_text())
@@ -51,10 +53,14 @@ def test_an_engine_that_raises_ends_what_was_running_and_nothing_else(server):
 def test_a_nan_ends_its_own_request_only(server):
     answers = {}
     other = threading.Thread(target=lambda: answers.update(other=server.chat("endless", max_tokens=100)))
-    other.start()
-    wait_for(lambda: server.service.engine.stats.running == 1)
-    response = server.chat("nan<3>")
+    guilty = threading.Thread(target=lambda: answers.update(guilty=server.chat("nan<3>")))
+    with Brake(server):
+        other.start()
+        guilty.start()
+        wait_for(lambda: len(server.service.running) == 2)
     other.join()
+    guilty.join()
+    response = answers["guilty"]
     assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
     assert response.json()["error"]["code"] == "nonfinite_logits" and "NaN" in response.json()["error"]["message"]
     assert response.headers["x-should-retry"] == "false"

@@ -51,7 +51,7 @@ class Tab:
         self.console: list[str] = []
         self.requests: list[str] = []
         self.page = context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(PATIENCE * 1000)
         self.page.on("console", lambda said: self.console.append(said.text) if said.type == "error" else None)
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -66,7 +66,7 @@ class Tab:
         """Wait until the element has exactly this text (or one that a pattern finds)."""
         from playwright.sync_api import expect
 
-        expect(self.page.locator(selector)).to_have_text(text, timeout=30_000)
+        expect(self.page.locator(selector)).to_have_text(text, timeout=PATIENCE * 1000)
 
     def wait(self, expression: str) -> None:
         """Until it is true in the page. The driver's own way of waiting needs eval, which the page's policy forbids."""

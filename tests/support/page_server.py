@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from aquila_pd.serving.page import read_page
 
 MODEL = "AquilaChat2-tiny"
-PATIENCE = 60  # seconds until a script that nobody goes on with gives up
+PATIENCE = 120  # seconds until a script that nobody goes on with gives up
 
 
 @dataclass(frozen=True)

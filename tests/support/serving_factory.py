@@ -1,5 +1,6 @@
 """Servers for tests: in this process on a thread, or as a command in a process of its own; and what to ask them."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -21,9 +22,10 @@ from aquila_pd.serving.server import Server, listen
 from aquila_pd.serving.service import Service
 from aquila_pd.serving.settings import Settings
 
+PATIENCE = 120.0  # seconds until what a test waits for is given up; a busy machine takes long for little
 START = (
     "import sys; sys.path[:0] = {paths!r}; from fake_engine import fake_model; import aquila_pd.text.loading as l;"
-    " l.load = lambda folder, **options: fake_model(folder, slots=options['slots']);"
+    " l.load = lambda folder, **options: fake_model(folder, slots=options['slots'], max_length=100_000);"
     " from aquila_pd.serving.command import main; sys.exit(main(sys.argv[1:]))"
 )
 
@@ -39,11 +41,11 @@ def running(model, log_file: Path, **settings) -> Iterator["Running"]:
     thread.start()
     wait_for(lambda: lines)
     try:
-        with httpx.Client(base_url=lines[0].split()[-1], timeout=20) as client:
+        with httpx.Client(base_url=lines[0].split()[-1], timeout=PATIENCE) as client:
             yield Running(service, server, client, log_file)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         service.log.close()
         assert not thread.is_alive()
 
@@ -69,6 +71,58 @@ class Running:
         """Whether nothing runs any more, in the engine or around it."""
         stats = self.service.engine.stats
         return not self.service.running and not stats.running and not stats.waiting
+
+
+class Brake:
+    """Holds an engine before each step that has work, until the test allows it: no test has to be in time.
+
+    with Brake(server, steps=3) as brake: the engine takes three steps, and more after `allow`. Leaving lets it run.
+    """
+
+    def __init__(self, server: Running, *, steps: int = 0):
+        self.engine = server.service.engine
+        self._step, self._free = self.engine.step, False
+        self._permits = threading.Semaphore(steps)
+
+    def allow(self, steps: int) -> None:
+        self._permits.release(steps)
+
+    def __enter__(self) -> "Brake":
+        self.engine.step = self._held
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._free = True
+        self.allow(1)
+        del self.engine.step
+
+    def _held(self) -> bool:
+        stats = self.engine.stats
+        if (stats.running or stats.waiting) and not self._free:
+            assert self._permits.acquire(timeout=PATIENCE), "the test allowed no further step"
+        return self._step()
+
+
+@contextlib.contextmanager
+def in_lockstep(server: Running) -> Iterator[None]:
+    """Each step of the engine waits until the pieces of the one before are taken: a stream has an event a step.
+
+    Else a busy event loop finds the pieces of several steps joined, or an error before the first of them.
+    """
+    service = server.service
+    step = service.engine.step
+
+    def paced() -> bool:
+        # what the last step delivered is in front of this in the loop's queue
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), service.worker._loop).result(PATIENCE)
+        wait_for(lambda: not any(running.job._pieces for running in list(service.running)))
+        return step()
+
+    service.engine.step = paced
+    try:
+        yield
+    finally:
+        del service.engine.step
 
 
 class Command:
@@ -98,7 +152,7 @@ class Command:
         return self.ended()
 
     def ended(self) -> tuple[int, str]:
-        _, err = self.process.communicate(timeout=60)
+        _, err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, err
 
     def __enter__(self) -> "Command":
@@ -120,8 +174,8 @@ def metric(page: str, name: str) -> float:
     return sum(float(line.split()[-1]) for line in rows)
 
 
-def wait_for(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "what was waited for did not come"
         time.sleep(0.005)
@@ -130,7 +184,7 @@ def wait_for(condition, seconds: float = 20.0) -> None:
 def raw_request(port: int, path: str, body: dict | bytes, *, method: str = "POST", headers: str = "") -> socket.socket:
     """A request written by hand; the connection, for what comes back."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}"
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection

@@ -1,1 +1,1 @@
-"""One endpoint a module."""
+"""HTTP endpoints, one per module."""

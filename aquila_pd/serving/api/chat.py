@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions: chat completions, whole or as SSE chunks."""
 
 import secrets
 import time
@@ -26,7 +26,7 @@ async def answer(service: Service, asked: ChatRequest, request: Request) -> Resp
 
 
 async def plan(service: Service, asked: ChatRequest) -> Wanted:
-    """What the engine is to do. Raises ApiError for what this model cannot."""
+    """Validate the request and map it to the engine's terms. Raises ApiError."""
     service.require_model(asked.model)
     prompts = service.require_prompts()
     require_stream(asked)

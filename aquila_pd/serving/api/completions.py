@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts continued as they are, without a template; with echo, log-probabilities of texts."""
+"""POST /v1/completions: text completions without a chat template; with echo, log-probabilities of the prompt."""
 
 import secrets
 import time
@@ -26,7 +26,7 @@ async def answer(service: Service, asked: CompletionRequest, request: Request) -
 
 
 async def plan(service: Service, asked: CompletionRequest) -> tuple[Wanted, list[str]]:
-    """What the engine is to do, and the texts to be repeated before the answers."""
+    """Validate the request and map it to the engine's terms; the texts to echo. Raises ApiError."""
     service.require_model(asked.model)
     require_stream(asked)
     at_most(len(asked.prompt) * (asked.n or 1), service.settings.most_sequences)

@@ -1,4 +1,4 @@
-"""POST /: the small web service of the model's own examples, {prompt} -> {response, status, time}."""
+"""POST /: the protocol of BAAI's example web service, {prompt} -> {response, status, time}."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, GET /tokenizer_info: text and ids without a model, as vLLM and lm_eval know them."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info: tokenizer endpoints in the format of vLLM and lm_eval."""
 
 from ..errors import invalid
 from ..protocol import DetokenizeRequest, TokenizeRequest

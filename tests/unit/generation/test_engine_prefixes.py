@@ -13,7 +13,7 @@ from generation_reference import (
 )
 
 from aquila_pd.generation import Engine
-from aquila_pd.generation.kv_slots import Slots
+from aquila_pd.generation.kv_slots import SlotKVCache
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_long_chat_is_cut_back_to_where_another_parts_and_both_stay_right(mode
 
 @pytest.mark.parametrize("running", [False, True], ids=["slot free", "still running"])
 def test_control_a_prefix_that_was_not_copied_is_noticed(model, reference, monkeypatch, running):
-    monkeypatch.setattr(Slots, "copy", lambda self, source, target, length: None)
+    monkeypatch.setattr(SlotKVCache, "copy", lambda self, source, target, length: None)
     engine, stem = Engine(model, slots=3), some_ids(100)
     engine.add(stem, greedy(30))
     for _ in range(3 if running else 40):
@@ -211,16 +211,16 @@ def test_dynamic_angles_nothing_is_taken_from_a_long_prompt_that_is_running(dyna
 
 def test_the_cache_grows_for_a_long_sequence_and_gives_the_memory_back(model, reference):
     engine = Engine(model, slots=3, max_length=700)
-    small = engine._cache.nbytes
+    small = engine._cache.capacity
     prompt = some_ids(560)
     (long,) = engine.generate([prompt], greedy(6))[0]
-    large = engine._cache.nbytes
+    large = engine._cache.capacity
     assert long.tokens == expected(reference, prompt, 6) and large > 1.5 * small
     short = some_ids(50, seed=1)
-    while engine._cache.nbytes > small and engine.stats.steps < 3000:
+    while engine._cache.capacity > small and engine.stats.steps < 3000:
         # again and again in its own slot, so that the long one's is nobody else's; in one of them the cache shrinks
         assert engine.generate([short], greedy(40))[0][0].tokens == expected(reference, short, 40)
-    assert engine._cache.nbytes == small, "the memory of one long sequence is kept for ever"
+    assert engine._cache.capacity == small, "the memory of one long sequence is kept for ever"
     assert 100 < engine.stats.steps < 2000, "neither at once, for the next long one, nor after an age"
     # what is still there is used; what was beyond the end of the buffers is not believed to be
     (again,) = engine.generate([prompt], greedy(6))[0]
@@ -232,7 +232,7 @@ def test_the_cache_grows_for_a_long_sequence_and_gives_the_memory_back(model, re
 def test_the_cache_does_not_shrink_under_a_sequence_that_needs_it(model, reference):
     engine = Engine(model, slots=2, max_length=700)
     engine.generate([some_ids(690)], greedy(2))
-    large = engine._cache.nbytes
+    large = engine._cache.capacity
     prompt = some_ids(300)
     for seed in range(3):  # about a hundred and fifty steps each, with a neighbour of 300 tokens
         (neighbour,) = engine.add(prompt, greedy(190))
@@ -240,7 +240,7 @@ def test_the_cache_does_not_shrink_under_a_sequence_that_needs_it(model, referen
         run(engine)
         assert sequence.tokens == expected(reference, sequence.prompt, 60)
         assert neighbour.tokens[:20] == expected(reference, prompt, 20)
-        assert engine._cache.nbytes <= large
+        assert engine._cache.capacity <= large
     assert neighbour.tokens == alone(model, prompt, 190)
 
 

@@ -80,7 +80,7 @@ def hidden_of(model, prompt):
 
 def slow_first_part(monkeypatch):
     """The first part stands still before it writes its keys of layer 1, as a busy machine would have it."""
-    write = parallel_prefill.Order.gate
+    write = parallel_prefill.Wavefront.gate
 
     def gate(self, part):
         keys_written = write(self, part)
@@ -94,7 +94,7 @@ def slow_first_part(monkeypatch):
 
         return slowly
 
-    monkeypatch.setattr(parallel_prefill.Order, "gate", gate)
+    monkeypatch.setattr(parallel_prefill.Wavefront, "gate", gate)
 
 
 def test_a_part_waits_for_those_before_it(monkeypatch):
@@ -112,30 +112,39 @@ def test_control_without_waiting_the_numbers_are_others(monkeypatch):
     expected = hidden_of(model, prompt)
     threads.use(3)
 
+    run, others = parallel_prefill.run, [threading.Event() for _ in range(2)]
+
+    def run_others_first(works):
+        def noted(work, done):
+            return lambda wavefront: (work(wavefront), done.set())[0]
+
+        return run([works[0], *(noted(work, done) for work, done in zip(works[1:], others, strict=True))])
+
     def gate(self, part):
         def keys_written(layer):
             if part == 0 and layer == 0:
-                time.sleep(0.3)  # and nobody waits
+                assert all(done.wait(60) for done in others)  # they have attended without waiting for this part
 
         return keys_written
 
-    monkeypatch.setattr(parallel_prefill.Order, "gate", gate)
+    monkeypatch.setattr(parallel_prefill, "run", run_others_first)
+    monkeypatch.setattr(parallel_prefill.Wavefront, "gate", gate)
     assert not abs(hidden_of(model, prompt) - expected).max() < 1e-3
 
 
 def test_an_error_of_one_part_ends_all_and_is_the_one_that_is_raised():
-    def waits(order):
-        order.gate(2)(0)  # for parts 0 and 1, which never write
+    def waits(wavefront):
+        wavefront.gate(2)(0)  # for parts 0 and 1, which never write
 
-    def fails(order):
+    def fails(wavefront):
         time.sleep(0.05)
         raise MemoryError("part 1")
 
     before = threading.active_count()
     with pytest.raises(MemoryError, match="part 1"):
-        parallel_prefill.run([lambda order: order.gate(0)(0), fails, waits])
+        parallel_prefill.run([lambda wavefront: wavefront.gate(0)(0), fails, waits])
     assert threading.active_count() <= before + 2, "the pool's threads stay, and no others"
-    assert parallel_prefill.run([lambda order: 1, lambda order: 2, lambda order: 3]) == [1, 2, 3], "and work again"
+    assert parallel_prefill.run([lambda _: 1, lambda _: 2, lambda _: 3]) == [1, 2, 3], "and work again"
 
 
 def test_small_norms_inside_do_not_give_the_parts_more_threads(monkeypatch):
@@ -143,7 +152,7 @@ def test_small_norms_inside_do_not_give_the_parts_more_threads(monkeypatch):
     said = []
     monkeypatch.setattr(threads.paddle.base.core, "set_num_threads", said.append)
 
-    def norm(order):
+    def norm(wavefront):
         return cpu.rms_norm(paddle.ones([4, 8]), paddle.ones([8]), 1e-5)
 
     parallel_prefill.run([norm] * 3)
@@ -153,6 +162,6 @@ def test_small_norms_inside_do_not_give_the_parts_more_threads(monkeypatch):
 def test_parts_make_no_graph_and_leave_the_number_of_threads(monkeypatch):
     said = []
     monkeypatch.setattr(threads.paddle.base.core, "set_num_threads", said.append)
-    assert parallel_prefill.run([lambda order: paddle.is_grad_enabled()] * 3) == [False] * 3
+    assert parallel_prefill.run([lambda wavefront: paddle.is_grad_enabled()] * 3) == [False] * 3
     assert paddle.is_grad_enabled()
     assert said[0] == 1 and said[-1] == 3
