@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from ..sft.recipe.schema import LoraSpec
+    from .spec import LoraSpec
 
 
 def scaling_of(spec: "LoraSpec") -> float:

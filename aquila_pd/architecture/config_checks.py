@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from ..utils.errors import ConfigError, report
+from ..utils.files import is_number, is_whole
 
 ROPE_TYPES = ("linear", "dynamic")
 UNSCALED = "default"  # transformers' spelling of "no scaling"
@@ -49,7 +50,7 @@ def rope_scaling(value: object, *, max_position_embeddings: int | None = None) -
         findings.append(f"type and rope_type differ: {sorted(kinds)}")
     findings += [f"unknown type {kind!r}" for kind in sorted(kinds - {*ROPE_TYPES, UNSCALED})]
     factor = value.get("factor", 1.0 if kinds == {UNSCALED} else None)
-    if not _is_number(factor) or not 1.0 <= factor <= sys.float_info.max:
+    if not is_number(factor) or not 1.0 <= factor <= sys.float_info.max:
         findings.append(f"factor is {factor!r}, not a finite number of at least 1")
     if findings:
         raise _bad_scaling(value, findings)
@@ -71,7 +72,7 @@ def sizes(hidden_size: int, num_attention_heads: int, num_key_value_heads: int, 
     findings = [
         f"{name} is {value!r}, not a positive whole number"
         for name, value in named.items()
-        if not _is_whole(value) or value < 1
+        if not is_whole(value) or value < 1
     ]
     if not findings:
         findings = too_many(named) + _indivisible(hidden_size, num_attention_heads, num_key_value_heads)
@@ -90,7 +91,7 @@ def numbers(**named: object) -> list[str]:
     return [
         f"{name} is {value!r}, not a positive number"
         for name, value in named.items()
-        if not _is_number(value) or not 0 < value <= sys.float_info.max
+        if not is_number(value) or not 0 < value <= sys.float_info.max
     ]
 
 
@@ -100,7 +101,7 @@ def too_many(counts: Mapping[str, object]) -> list[str]:
     return [
         f"{name} is {value}; more than {most[name]} are taken for damage"
         for name, value in counts.items()
-        if _is_whole(value) and value > most[name]
+        if is_whole(value) and value > most[name]
     ]
 
 
@@ -113,14 +114,6 @@ def _indivisible(d: int, heads: int, kv_heads: int) -> list[str]:
     if heads % kv_heads:
         findings.append(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly (num_key_value_heads)")
     return findings
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _bad_scaling(value: object, findings: list[str]) -> ConfigError:
