@@ -21,7 +21,7 @@ def _different(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-TARGETS = several(choice(PROJECTIONS), "projections that get an adapter", min_length=1)
+TARGETS = several(choice(PROJECTIONS), "projections that get an adapter", least=1)
 
 
 @settings(ConfigError, "Adapters cannot be made with these settings:", "Correct them.")

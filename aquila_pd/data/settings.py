@@ -25,7 +25,7 @@ _settings = settings(DataError, "These settings of the data cannot be:", "Nothin
 class Source:
     """Files that belong together."""
 
-    files: several(WORDS, "paths and globs", min_length=1)
+    files: several(WORDS, "paths and globs", least=1)
     format: choice(FORMATS, "of the rows; `auto`: row by row") = "auto"
     weight: number(
         "how often a row is seen in an epoch; 2.5: twice, and half of the rows once more", gt=0, le=HEAVIEST
@@ -46,7 +46,7 @@ class DataSpec:
     where `near` leaves one of them. A row of `evaluate` that is in `train` too is not trained on.
     """
 
-    train: several(section(Source), "`{files, format, weight}`, or a list of them", min_length=1)
+    train: several(section(Source), "`{files, format, weight}`, or a list of them", least=1)
     held_out: number("share of the rows kept for evaluation", ge=0, lt=1) = 0.0
     evaluate: several(Annotated[section(Source), AfterValidator(_once)], "files for evaluation, like `train`") = ()
     overlong: choice(OVERLONG, "what becomes of a sample longer than a pack") = "split"

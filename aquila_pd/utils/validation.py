@@ -5,15 +5,15 @@ flag, and `1e-5`, text to YAML 1.1, a number. Values from Python are not convert
 third of a second: modules that a fast command loads import this one in a function.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from functools import wraps
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from .errors import AquilaError, report, shown_value
 
@@ -42,7 +42,6 @@ MUST = {
 OTHERS = {
     "missing": "it is missing",
     "unexpected_keyword_argument": "unknown key",
-    "too_short": "it is empty",
     "string_too_short": "it is empty",
 }
 
@@ -77,9 +76,9 @@ def choice(values: tuple[str, ...], doc: str | None = None) -> Any:
     return Annotated[Literal[values], Field(description=doc)]
 
 
-def several(kind: Any, doc: str | None = None, **limits: int) -> Any:
-    """A tuple of values of one kind; one value alone stands for a list of one."""
-    return Annotated[tuple[kind, ...], Field(strict=True, description=doc, **limits), _OneOrMore()]
+def several(kind: Any, doc: str | None = None, *, least: int = 0) -> Any:
+    """A tuple of at least 0 or 1 values of a kind; one value alone stands for a list of one."""
+    return Annotated[tuple[kind, ...], Field(strict=True, description=doc), _OneOrMore(least)]
 
 
 def section(cls: type, doc: str | None = None) -> Any:
@@ -107,19 +106,26 @@ def _matches(pattern: re.Pattern, value: object) -> bool:
     return isinstance(value, Unquoted) and len(value) <= LONGEST and pattern.fullmatch(value) is not None
 
 
+@dataclasses.dataclass(frozen=True)
 class _OneOrMore:
-    """An annotation of a tuple: `x` is read as `[x]`, also by editors."""
+    """An annotation of a tuple: `x` is read as `[x]`, also by editors. (Pydantic's min_length counts valid values.)"""
+
+    least: int
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return handler(Annotated[source, BeforeValidator(_in_a_tuple)])
+        return core_schema.no_info_before_validator_function(self._read, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict:
         many = handler(schema)
-        return {"anyOf": [many["items"], many]}
+        return {"anyOf": [many["items"], {**many, **({"minItems": self.least} if self.least else {})}]}
 
-
-def _in_a_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value if isinstance(value, tuple) or value is None else (value,)
+    def _read(self, value: object) -> object:
+        if value is None:
+            return None
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if len(values) < self.least:
+            raise wrong("it is empty")
+        return values
 
 
 # ------------------------------------------------------------------------------------------------------- classes
@@ -159,7 +165,7 @@ def _refuse_arguments(items: list) -> None:
 
 def _line(item: Mapping, cls: type) -> str:
     first, *rest = item["loc"]
-    name = fields(cls)[first].name if isinstance(first, int) else first  # a positional argument is counted
+    name = dataclasses.fields(cls)[first].name if isinstance(first, int) else first  # a positional argument is counted
     return f"{dotted((name, *rest))}: {sentence(item)}"
 
 
@@ -181,9 +187,10 @@ def sentence(item: Mapping, value: str | None = None) -> str:
     kind = item["type"]
     if kind not in MUST:
         return OTHERS.get(kind, item["msg"])
-    limits = {name: _written(limit) for name, limit in item.get("ctx", {}).items()}
+    limits = {name: written(limit) for name, limit in item.get("ctx", {}).items()}
     return f"it is {value or shown_value(item['input'])} and must be {MUST[kind].format(**limits)}"
 
 
-def _written(limit: object) -> object:
+def written(limit: object) -> object:
+    """A limit as sentences and tables have it: 1,048,576 and 0.5; words stay."""
     return f"{limit:g}" if isinstance(limit, float) else f"{limit:,}" if isinstance(limit, int) else limit

@@ -171,7 +171,7 @@ class RecipeKeys:
 
     model: text("a converted folder")
     output: text("the run folder")
-    stages: several(section(Stage), "one after the other", min_length=1)
+    stages: several(section(Stage), "one after the other", least=1)
     name: text("of the run; none: the file's") = ""
     seed: whole("of every draw", ge=0, le=2**32 - 1) = 0
     export: choice(("none", "merged"), "`merged`: the last stage's result as a plain model in `RUN/model`") = "merged"
