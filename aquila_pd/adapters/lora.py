@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, rsLoRA, DoRA) on the projections of a model: put on, read, filled, merged.
+"""LoRA, rsLoRA and DoRA layers on the projections of a decoder: attach, read, fill, merge.
 
 Why not paddlenlp.peft: its LoRAModel wraps a list of layer classes, among them no plain Paddle layer of NF4 weights,
 so QLoRA runs on its CUDA kernels only; after merging it leaves the adapter's parameters in the state dict; and it has

@@ -1,4 +1,4 @@
-"""Adapters on disk, in peft's own format: adapter_config.json and adapter_model.safetensors under Hugging Face's names.
+"""peft checkpoint format: adapter_config.json, and adapter_model.safetensors under Hugging Face names.
 
 What we write, transformers and peft load onto the torch model; what peft has trained is loaded here. One more file,
 which peft does not read, says which projections were packed in NF4 while the adapter was trained. peft's other

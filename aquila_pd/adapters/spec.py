@@ -1,4 +1,4 @@
-"""LoraSpec: what a low-rank adapter is made with, as a recipe's `lora` and peft's adapter_config.json both say it."""
+"""LoraSpec: hyperparameters of a low-rank adapter, with their limits, for recipes and adapter_config.json."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Command-line options that `aquila-pd data` verbs share, and what they ask for."""
+"""argparse options shared by the `aquila-pd data` verbs, and the DataSpec they make."""
 
 import argparse
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Samples of an epoch put together to packs of one length, with hardly any room left.
+"""Sequence packing: the samples of an epoch in packs of one length, with labels, position ids and segment ids.
 
 A pack of length 12 out of samples A (5 tokens), B (4) and C (2); lower case is what a sample learns, `.` is -100:
 
@@ -89,7 +89,7 @@ class Plan:
 
 
 def plan_epoch(samples: Samples, *, length: int, seed: int, epoch: int, folder: Path) -> Plan:
-    """The packs of an epoch (0, 1, ...): made once, found again in `folder` by everybody who asks for the same.
+    """The packs of an epoch (0, 1, ...): made once, then read from `folder`.
 
     A function of its arguments alone, the same on every machine. Each sample is in as many packs as it is seen in the
     epoch. Packs stand in a random order. Several processes may ask at once.
@@ -110,7 +110,7 @@ def plan_epoch(samples: Samples, *, length: int, seed: int, epoch: int, folder: 
 
 
 def _is_whole(place: Path, asked: dict) -> bool:
-    """Whether the plan is there; one that somebody damaged is said and removed."""
+    """Whether the plan is there; a damaged one is reported and removed."""
     if not place.is_dir():
         return False
     with suppress(DataError, OSError):
@@ -124,7 +124,7 @@ def _is_whole(place: Path, asked: dict) -> bool:
 
 
 def _build(samples: Samples, asked: dict, place: Path) -> None:
-    """Make the folder of a plan appear at `place`; who comes second finds it there."""
+    """Make the folder of a plan appear at `place`; a second process finds it there."""
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
     try:
@@ -151,7 +151,7 @@ def _build(samples: Samples, asked: dict, place: Path) -> None:
         try:
             os.rename(partial, place)
         except OSError:
-            if not (place / MANIFEST).is_file():  # somebody else's was first, and is the same
+            if not (place / MANIFEST).is_file():  # another process was first with the same plan
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What rows a run is made of and what is done with them: DataSpec, which a recipe and a command line both fill in.
+"""DataSpec and Source: the data settings of a recipe and of `aquila-pd data`.
 
 No file is opened here; what can be judged from the values alone is, all findings at once. The words beside each key
 stand in docs/sft.md and recipes/recipe.schema.json, too.

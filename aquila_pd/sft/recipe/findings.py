@@ -1,4 +1,4 @@
-"""What pydantic refuses in a recipe as lines for its author: path, violation, line of the file, nearest right key."""
+"""Validation errors of a recipe as findings: path, violation, line of the file, nearest right key."""
 
 import difflib
 import re

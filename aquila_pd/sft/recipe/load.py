@@ -1,4 +1,4 @@
-"""What a training run does, as data: a YAML file validated against recipe/schema.py, all findings at once.
+"""Recipe loader: YAML, overrides and defaults, validated against recipe/schema.py; all findings at once.
 
     name: two stages            # default: the file's name
     model: ../models/base       # a converted folder

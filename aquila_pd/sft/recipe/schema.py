@@ -1,4 +1,4 @@
-"""The keys of a recipe: types, limits, defaults, contradictions, and the words beside each in docs and editors.
+"""Recipe schema: types, limits, defaults, cross-field checks, and the descriptions for docs and editors.
 
 How a file becomes these is recipe/load.py; the keys of `data` are in data/settings.py, those of `lora` in
 adapters/spec.py. A check of two keys is a validator of the later one and reads the earlier, where it is valid itself.

@@ -1,4 +1,4 @@
-"""A YAML text as nodes that know their line and their path, and what is said about them on a command line.
+"""YAML nodes with line and path, and overrides from the command line.
 
 Nothing is interpreted here: a scalar keeps the text it was written with, because what it means follows from where it
 stands (`no` is a language among languages, and `1e-5` a number, which YAML 1.1 reads as text).

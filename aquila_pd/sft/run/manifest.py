@@ -1,4 +1,4 @@
-"""manifest.json of a run: what was asked for, what it was trained on and with, and what came out.
+"""manifest.json of a run: recipe, model and data fingerprints, environment, state and results of stages.
 
 {
   "version": 1, "written_by": "aquila_pd 0.1.0",
