@@ -96,6 +96,7 @@ PINS = (
     Pin("safetensors", ">=0.8", "0.8.0", "reads and writes checkpoints"),
     Pin("ml_dtypes", ">=0.5.4", "0.5.4", "bfloat16 for numpy"),
     Pin("tqdm", ">=4.67", "4.70.1", "progress bars"),
+    Pin("pydantic", ">=2.14,<3", "2.14.3", "validates recipes, data settings, sampling parameters and requests"),
     Pin("torch", "==2.13.0", "2.13.0", "gives the logits to compare with; reads .bin of before 1.6", extra="verify"),
     Pin(
         "transformers",
