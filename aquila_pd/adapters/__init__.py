@@ -1,1 +1,1 @@
-"""LoRA adapters: in a model, in peft's files, merged into a base."""
+"""LoRA adapters: layers, peft's files, merging into a base."""

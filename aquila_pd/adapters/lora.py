@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, rsLoRA, DoRA) on the projections of a model: put on, read, filled, merged.
+"""LoRA, rsLoRA and DoRA layers on the projections of a decoder: attach, read, fill, merge.
 
 Why not paddlenlp.peft: its LoRAModel wraps a list of layer classes, among them no plain Paddle layer of NF4 weights,
 so QLoRA runs on its CUDA kernels only; after merging it leaves the adapter's parameters in the state dict; and it has
@@ -20,11 +20,11 @@ from paddle import nn
 from ..formats.safetensors import read_layout, view
 from ..model.weights_io import name_in
 from ..quantization.projections import ALL, Place, find_projections
-from ..utils.errors import AquilaError, CheckpointError, ConfigError, report
+from ..utils.errors import AquilaError, CheckpointError, report
 from .lora_math import merge_weight, scaling_of
 
 if TYPE_CHECKING:
-    from ..sft.recipe.schema import LoraSpec
+    from .spec import LoraSpec
 
 PARAMETERS = ("lora_A", "lora_B", "magnitude")
 
@@ -107,9 +107,8 @@ def attach(model: nn.Layer, spec: "LoraSpec") -> list[str]:
 
     The model must have its weights: DoRA's magnitudes begin as the lengths of their columns. lora_A is drawn from
     Paddle's seeded generator in model order, lora_B is zero, so that nothing changes before the first step.
-    Raises ConfigError for settings that cannot be, AquilaError for a model with fused projections or with adapters.
+    Raises AquilaError for a model with fused projections or with adapters.
     """
-    check_settings(spec)
     places = find_projections(model, spec.targets)
     _check_bases(places)
     for parameter in model.parameters():
@@ -117,19 +116,6 @@ def attach(model: nn.Layer, spec: "LoraSpec") -> list[str]:
     for place in places:
         place.put(_adapted(place.layer, spec))
     return [place.name for place in places]
-
-
-def check_settings(spec: "LoraSpec") -> None:
-    """Raise ConfigError for a rank, an alpha or a dropout that cannot be."""
-    wrong = []
-    if not (isinstance(spec.r, int) and spec.r >= 1):
-        wrong.append(f"the rank r is {spec.r!r}, not a whole number of at least 1")
-    if not (math.isfinite(spec.alpha) and spec.alpha > 0):
-        wrong.append(f"alpha is {spec.alpha!r}, not a positive number")
-    if not 0 <= spec.dropout < 1:
-        wrong.append(f"the dropout is {spec.dropout!r}, not a share from 0 to below 1")
-    if wrong:
-        raise ConfigError(report("Adapters cannot be made with these settings:", wrong, "Correct them."))
 
 
 def _check_bases(places: list[Place]) -> None:

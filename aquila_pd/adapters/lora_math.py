@@ -1,4 +1,4 @@
-"""What an adapter does to a weight, in numpy: shared by merging in memory and merging on files."""
+"""LoRA merge in numpy: W + scaling * A B, with DoRA's column magnitudes; in memory and on files."""
 
 import math
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from ..sft.recipe.schema import LoraSpec
+    from .spec import LoraSpec
 
 
 def scaling_of(spec: "LoraSpec") -> float:

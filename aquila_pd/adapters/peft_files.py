@@ -1,4 +1,4 @@
-"""Adapters on disk, in peft's own format: adapter_config.json and adapter_model.safetensors under Hugging Face's names.
+"""peft checkpoint format: adapter_config.json, and adapter_model.safetensors under Hugging Face names.
 
 What we write, transformers and peft load onto the torch model; what peft has trained is loaded here. One more file,
 which peft does not read, says which projections were packed in NF4 while the adapter was trained. peft's other
@@ -6,7 +6,6 @@ methods (biases, ranks by pattern, weights that changed the base) are refused by
 """
 
 import logging
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..architecture.weight_map import BASE_MODEL_PREFIX, HF_PREFIX, Dims, weights
+from ..architecture.weight_map import BASE_MODEL_PREFIX, HF_PREFIX, PROJECTIONS, Dims, weights
 from ..formats.safetensors import Entry, Shard, TensorInfo, read_header, view, write_shard
 from ..runtime.versions import NAME, VERSION
-from ..sft.recipe.checks import LINEARS
-from ..sft.recipe.schema import LoraSpec
 from ..utils.atomic import replacing
 from ..utils.errors import CheckpointError, OutputError, report, shown_value
 from ..utils.files import read_object, write_json
 
 if TYPE_CHECKING:
     from paddle import nn
+
+    from .spec import LoraSpec
 
 log = logging.getLogger("aquila_pd")
 
@@ -57,7 +56,7 @@ class Adapter:
     """
 
     folder: Path
-    spec: LoraSpec
+    spec: "LoraSpec"
     base: str
     packed: tuple[str, ...]
     tensors: Mapping[tuple[str, str], TensorInfo]
@@ -79,7 +78,9 @@ class Adapter:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def save(folder: Path | str, model: "nn.Layer", spec: LoraSpec, *, base: Path | str = "", fsync: bool = False) -> None:
+def save(
+    folder: Path | str, model: "nn.Layer", spec: "LoraSpec", *, base: Path | str = "", fsync: bool = False
+) -> None:
     """Write the adapters of a model into a folder, made if need be.
 
     spec: what they were attached with. base: folder or name of the model below. The config is written last, and that
@@ -107,7 +108,7 @@ def save(folder: Path | str, model: "nn.Layer", spec: LoraSpec, *, base: Path | 
         raise OutputError(f"The adapter cannot be written to {folder}: {error.strerror or error}.") from error
 
 
-def peft_config(spec: LoraSpec, base: str) -> dict:
+def peft_config(spec: "LoraSpec", base: str) -> dict:
     """The content of adapter_config.json; what it does not say is peft's default, and means what ours means."""
     alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
     return {
@@ -117,7 +118,7 @@ def peft_config(spec: LoraSpec, base: str) -> dict:
         "r": spec.r,
         "lora_alpha": alpha,
         "lora_dropout": spec.dropout,
-        "target_modules": [name for name in LINEARS if name in spec.targets or "all" in spec.targets],
+        "target_modules": [name for name in PROJECTIONS if name in spec.targets],
         "use_rslora": spec.rslora,
         "use_dora": spec.dora,
         "bias": "none",
@@ -137,7 +138,7 @@ def hf_name(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def load(model: "nn.Layer", folder: Path | str) -> LoraSpec:
+def load(model: "nn.Layer", folder: Path | str) -> "LoraSpec":
     """Put the adapter of a folder on a model, in place of the values of one that is attached; return its settings.
 
     Raises CheckpointError naming everything that is missing, unexpected or of another shape; then the model is as
@@ -178,17 +179,15 @@ def open_adapter(folder: Path | str) -> Adapter:
         raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG}. Give the folder of an adapter.")
     config = read_object(folder / CONFIG, CheckpointError)
     findings = _unsupported(config)
-    spec = _spec(config, findings)
     infos, wrong = read_header(folder / TENSORS)
     tensors, strange = _by_projection(infos)
+    spec = _spec(config, {hf.rpartition(".")[2] for hf, _ in tensors}, findings)
     findings += wrong + strange
     if findings:
         advice = "Correct or fetch what is named. Other methods of peft can be merged with peft itself, in torch."
         raise CheckpointError(report(f"{folder} is not an adapter that can be used here:", findings, advice))
-    if spec["targets"] is None:  # a pattern, which is peft's to match with names: what it matched is there
-        spec["targets"] = tuple(name for name in LINEARS if name in {hf.rpartition(".")[2] for hf, _ in tensors})
     base = config.get("base_model_name_or_path")
-    return Adapter(folder, LoraSpec(**spec), base if isinstance(base, str) else "", _packed(folder), tensors)
+    return Adapter(folder, spec, base if isinstance(base, str) else "", _packed(folder), tensors)
 
 
 def _unsupported(config: Mapping) -> list[str]:
@@ -201,42 +200,48 @@ def _unsupported(config: Mapping) -> list[str]:
     return findings
 
 
-def _spec(config: Mapping, findings: list[str]) -> dict:
-    """The settings that are read; what is wrong with them is added to the findings."""
-    found = {
+def _spec(config: Mapping, names: set[str], findings: list[str]) -> "LoraSpec | None":
+    """The settings that are read; None, and what is wrong with them among the findings.
+
+    names: of the projections that have tensors: what a pattern, which is peft's to match, has matched.
+    """
+    from pydantic import TypeAdapter, ValidationError  # takes a third of a second
+
+    from .spec import LoraSpec
+
+    said = config.get("target_modules")
+    targets = _targets(said, findings)
+    if targets is None and not names:
+        findings.append(
+            f"bad value   target_modules is {shown_value(said)}, and the file has no tensor of a projection"
+        )
+    asked = {
         "r": config.get("r"),
         "alpha": config.get("lora_alpha"),
         "dropout": config.get("lora_dropout", 0.0),
-        "targets": _targets(config.get("target_modules"), findings),
+        "targets": tuple(name for name in PROJECTIONS if name in (names if targets is None else targets)),
         "rslora": config.get("use_rslora", False),
         "dora": config.get("use_dora", False),
     }
-    good = {
-        "r": type(found["r"]) is int and found["r"] >= 1,
-        "alpha": _is_number(found["alpha"]) and found["alpha"] > 0,
-        "dropout": _is_number(found["dropout"]) and 0 <= found["dropout"] < 1,
-        "rslora": isinstance(found["rslora"], bool),
-        "dora": isinstance(found["dora"], bool),
-    }
-    findings += [f"bad value   {key} is {shown_value(found[key])}" for key, fine in good.items() if not fine]
-    return found
+    try:
+        return TypeAdapter(LoraSpec).validate_python(asked)
+    except ValidationError as error:
+        wrong = {item["loc"][0]: item["input"] for item in error.errors() if item["loc"][0] != "targets"}
+        findings += [f"bad value   {key} is {shown_value(value)}" for key, value in wrong.items()]
+        return None
 
 
 def _targets(said: object, findings: list[str]) -> tuple[str, ...] | None:
     """The projections of a list, of which peft compares the ends of names; None for a pattern."""
-    if isinstance(said, str) and said not in LINEARS:
+    if isinstance(said, str) and said not in PROJECTIONS:
         return None
     names = [said] if isinstance(said, str) else said
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         findings.append(f"bad value   target_modules is {shown_value(said)}, no list of names")
         return ()
     ends = {name.rpartition(".")[2] for name in names}
-    findings += [f"unsupported target_modules has {shown_value(name)}" for name in sorted(ends - {*LINEARS})]
-    return tuple(name for name in LINEARS if name in ends)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    findings += [f"unsupported target_modules has {shown_value(name)}" for name in sorted(ends - {*PROJECTIONS})]
+    return tuple(name for name in PROJECTIONS if name in ends)
 
 
 def _by_projection(infos: list[TensorInfo]) -> tuple[dict[tuple[str, str], TensorInfo], list[str]]:
@@ -244,7 +249,7 @@ def _by_projection(infos: list[TensorInfo]) -> tuple[dict[tuple[str, str], Tenso
     found, strange = {}, []
     ends = "|".join(map(re.escape, SPELLINGS))
     pattern = re.compile(
-        rf"{re.escape(PREFIX)}({re.escape(HF_PREFIX)}layers\.\d+\.\w+\.(?:{'|'.join(LINEARS)}))\.({ends})"
+        rf"{re.escape(PREFIX)}({re.escape(HF_PREFIX)}layers\.\d+\.\w+\.(?:{'|'.join(PROJECTIONS)}))\.({ends})"
     )
     for info in infos:
         match = pattern.fullmatch(info.name)
@@ -261,7 +266,7 @@ def _packed(folder: Path) -> tuple[str, ...]:
     if not (folder / NOTES).is_file():
         return ()  # peft's own: what its base was is not said
     said = read_object(folder / NOTES, CheckpointError).get("packed_in_nf4")
-    if not (isinstance(said, list) and all(name in LINEARS for name in said)):
+    if not (isinstance(said, list) and all(name in PROJECTIONS for name in said)):
         raise CheckpointError(f"{folder / NOTES}: packed_in_nf4 is {shown_value(said)}, no list of projections.")
     return tuple(said)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 
 from ..utils.errors import ConfigError, report
+from ..utils.files import is_number, is_whole
 
 MOST_LAYERS = 10_000  # no model has a tenth; beyond, a damaged number would fill the memory with names of tensors
 MOST = 2**31 - 1  # of anything else; a damaged number may be too large even to be calculated with
@@ -81,11 +82,3 @@ def _indivisible(d: int, heads: int, kv_heads: int) -> list[str]:
     if heads % kv_heads:
         findings.append(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly (num_key_value_heads)")
     return findings
-
-
-def is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..utils.errors import ConfigError, report
-from .config_checks import MOST, is_number, is_whole
+from ..utils.files import is_number, is_whole
+from .config_checks import MOST
 
 UNSCALED = "default"  # transformers' spelling of "no scaling"
 SPELLINGS = ("type", "rope_type")  # of the key that names the type; transformers reads both, older programs the first

@@ -78,6 +78,7 @@ LAYER = (
     linear(L + "mlp.up_proj.weight", "ff", "d"),
     linear(L + "mlp.down_proj.weight", "d", "ff"),
 )
+PROJECTIONS = tuple(row.hf.split(".")[-2] for row in LAYER if row.transpose)  # q_proj to down_proj
 FINAL_NORM = Row("model.norm.weight", ("d",))
 HEAD = linear("lm_head.weight", "vocab", "d")
 

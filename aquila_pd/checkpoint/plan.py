@@ -11,6 +11,7 @@ from ..formats import safetensors as shards
 from ..formats.dtypes import FLOATS, NAMED
 from ..formats.safetensors import Entry, Shard
 from ..utils.errors import CheckpointError, ConfigError, report, shown_value
+from ..utils.files import is_number
 from ..utils.units import parse_size
 from .chat_template import Recorded
 from .ids import GENERATION_CONFIG, generation_ids, reconcile, tokenizer_ids
@@ -72,15 +73,11 @@ def generation_config(source: Source, fields: dict, ids: dict[str, int], framewo
     samples = theirs.get(key) == value
     keys = GENERATION_KEYS + (SAMPLING_KEYS if samples else ())
     kept = {key: theirs[key] for key in keys if theirs.get(key) is not None}
-    odd = [f"{key} is {shown_value(value)}, not a number" for key, value in kept.items() if not _is_number(value)]
+    odd = [f"{key} is {shown_value(value)}, not a number" for key, value in kept.items() if not is_number(value)]
     if odd:
         advice = "Nothing was written. Mend the file in a copy of the source, or fetch it again."
         raise CheckpointError(report(f"{GENERATION_CONFIG} has options that cannot be:", odd, advice))
     return {**found, **(dict([DOES_SAMPLE[framework]]) if samples else {}), **kept}, warnings
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def make_plan(

@@ -1,1 +1,1 @@
-"""Files of rows as packs of tokens: reading, normalizing, masking, packing. Knows no model and no framework."""
+"""SFT data pipeline: parse, normalize, filter, deduplicate, tokenize with label masks, pack. No model, no framework."""

@@ -1,4 +1,4 @@
-"""Which samples go together: every pack is filled as well as the samples that are left can fill it.
+"""Best-fit packing: an exact subset-sum over sample lengths, longest first, as a bit set.
 
 A pack begins with the longest sample that is left, and of all choices among the others it takes the one that leaves the
 least room. Which sums can be made of some lengths is kept as the bits of one number: bit n is set when n places can be

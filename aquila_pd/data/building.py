@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, made by one run at a time.
+"""A folder built under a temporary name and committed by an atomic rename, by one process at a time.
 
 It is filled as FOLDER.partial, under a lock that the system lets go of however the run ends, and renamed at the end.
 """

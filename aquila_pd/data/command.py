@@ -1,4 +1,4 @@
-"""`aquila-pd data stats|preview|prepare`: what files of conversations hold, what of it is learned, and made ready."""
+"""`aquila-pd data stats|preview|prepare`: statistics, label-mask preview, and tokenized samples of SFT rows."""
 
 import argparse
 import re

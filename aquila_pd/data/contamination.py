@@ -1,4 +1,4 @@
-"""Rows that hold a piece of a benchmark: whoever trains on them cannot quote the benchmark's score.
+"""Benchmark contamination: n-gram overlap of training rows with the items of evaluation sets.
 
 A benchmark is a file of items (JSON lines, a JSON array, parquet, CSV); every text in an item is looked at, whatever
 its key. A row is contaminated when a run of 13 words of one of its messages (21 characters where the item is Chinese or

@@ -1,4 +1,4 @@
-"""How many rows each rule touched. A rule is one thing that can happen to a row, with a line that explains it."""
+"""Per-rule row counters: a rule is one thing that can happen to a row, with a line that explains it."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Rows that were there before, to the letter or nearly: the first one is kept, the others are dropped. One pass.
+"""Deduplication in one pass, first row kept: exact by content hash, near by MinHash signatures and LSH bands.
 
 Exact: the same messages. Near: the MinHash signatures of two rows (128 numbers of the row's runs of three words) agree
 in a share of at least the threshold, which estimates the share of runs that both have of those that either has. A row
@@ -43,7 +43,7 @@ Place = tuple[int, int]  # of a row: file, number
 
 
 def digest(messages: Sequence[dict]) -> bytes:
-    """16 bytes that say who said what."""
+    """Content hash of roles and words, 16 bytes."""
     found = blake2b(digest_size=16)
     for message in messages:
         content = message["content"].encode("utf-8", "surrogatepass")
@@ -156,7 +156,7 @@ class Signer:
 
 
 def shingles(messages: Iterable[dict]) -> np.ndarray | None:
-    """uint32, without repeats: a number for each run of SHINGLE words of a conversation, where who speaks is a word.
+    """uint32, without repeats: a number for each run of SHINGLE words of a conversation, where the role is a word.
 
     None for fewer than LEAST words.
     """

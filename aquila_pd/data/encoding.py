@@ -1,4 +1,4 @@
-"""Conversations as samples, batch by batch in their order, in this process or in several."""
+"""Tokenization of conversations in batches, in order, in a process pool or in this process."""
 
 import os
 from collections import deque

@@ -1,4 +1,4 @@
-"""The order in which samples are seen: a seeded permutation in constant memory, and how often a weighted row comes.
+"""Epoch shuffling: a seeded permutation in constant memory, and fractional repetition of weighted rows.
 
 Everything is computed in whole numbers, so that it is the same on every machine.
 """

@@ -1,4 +1,4 @@
-"""Which rows are wanted: by their `source`, by the language of their words. Each reason is counted.
+"""Row filters by `source` and by detected language, each reason counted.
 
 The language is found in the text: what data sets write into a column is often wrong.
 """

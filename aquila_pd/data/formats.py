@@ -1,4 +1,4 @@
-"""A row's value as turns: Infinity-Instruct (ShareGPT), OpenAI messages, alpaca, PaddleNLP's src and tgt.
+"""Row schemas to turns: Infinity-Instruct (ShareGPT), OpenAI messages, alpaca, PaddleNLP's src and tgt.
 
     infinity    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}
     openai      {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}

@@ -1,4 +1,4 @@
-"""What prepared samples were made of: told apart from other inputs without making the samples again."""
+"""Fingerprint of prepared samples: files, settings, template and tokenizer, compared without tokenizing again."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""The items of a JSON array too large to hold, one after the other: [...] or {"data": [...]}, out of a stream."""
+"""Streaming reader of large JSON arrays: the items of [...] or {"data": [...]}, one at a time."""
 
 import codecs
 import json

@@ -1,4 +1,4 @@
-"""A text as words that can be compared: case, punctuation and white space do not matter, numbers do.
+"""Word n-grams of normalized text: case, punctuation and white space are ignored, numbers are not.
 
 A run of letters and digits is a word; of Chinese and Japanese, which write no spaces, every character is one.
 """

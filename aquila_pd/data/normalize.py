@@ -1,5 +1,5 @@
-"""Turns as they come -> messages a chat template can write: perhaps a system message, then user and assistant in turn,
-an assistant's last.
+"""Normalization of turns to chat messages: an optional system message, then user and assistant in turn, an
+assistant's last.
 
 Rules in the order they are applied; each counts the rows it touched:
 
@@ -18,7 +18,7 @@ Rules in the order they are applied; each counts the rows it touched:
     question_last      no answer follows the last user turn                    goes
     nothing_left       no question with an answer is left                      the row is dropped
 
-Text that is not NFC stays as it is: how somebody writes is not ours to change. Normalizing twice changes nothing more.
+Text that is not NFC stays as it is: an author's spelling is kept. Normalizing twice changes nothing more.
 """
 
 import re

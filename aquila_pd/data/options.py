@@ -1,4 +1,4 @@
-"""Command-line options that `aquila-pd data` verbs share, and what they ask for."""
+"""argparse options shared by the `aquila-pd data` verbs, and the DataSpec they make."""
 
 import argparse
 from collections.abc import Iterator
@@ -18,33 +18,35 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files", nargs="+", metavar="FILES", help="rows: .jsonl, .json, .parquet; names, globs in quotes"
     )
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the rows (default: auto, row by row)")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of the rows (default: auto, row by row)")
     parser.add_argument(
         "--deduplicate",
         choices=DEDUPLICATE,
         default=DEFAULT["deduplicate"],
-        help="drop rows that are the same as an earlier one, or nearly (default: exact)",
+        help="drop rows that are the same as an earlier one, or nearly (default: %(default)s)",
     )
     parser.add_argument(
         "--near-threshold",
         type=float,
         default=DEFAULT["near_threshold"],
         metavar="SHARE",
-        help="of runs of words that two rows share when one is nearly the other (default: 0.8)",
+        help="of runs of words that two rows share when one is nearly the other (default: %(default)s)",
     )
     _add_many(parser, "--language", "CODE", "only rows in this language, such as zh or en (default: all)")
     _add_many(parser, "--source", "NAME", "only rows of this source, a name or glob (default: all)")
     _add_many(parser, "--exclude-source", "NAME", "no rows of this source, a name or glob")
     _add_many(parser, "--contamination", "FILE", "a benchmark: rows that hold a piece of it are dropped")
     parser.add_argument("--keep-contaminated", action="store_true", help="count such rows and keep them")
-    parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="of the rows, to evaluate on")
+    parser.add_argument(
+        "--held-out", type=float, default=DEFAULT["held_out"], metavar="SHARE", help="of the rows, to evaluate on"
+    )
     _add_many(parser, "--evaluate", "FILES", "rows to evaluate on; they are not trained on (default: none)")
     parser.add_argument(
         "--max-bad-lines",
         type=int,
         default=DEFAULT["max_bad_lines"],
         metavar="N",
-        help="lines that cannot be read before the run stops (default: 100)",
+        help="lines that cannot be read before the run stops (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides which rows are held out (default: 0)")
 
@@ -71,7 +73,7 @@ def add_overlong(parser: argparse.ArgumentParser) -> None:
         choices=OVERLONG,
         default=DEFAULT["overlong"],
         help="what becomes of rows longer than --length: cut into several samples at turn borders, cut off, or dropped "
-        "(default: split)",
+        "(default: %(default)s)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Samples of an epoch put together to packs of one length, with hardly any room left.
+"""Sequence packing: the samples of an epoch in packs of one length, with labels, position ids and segment ids.
 
 A pack of length 12 out of samples A (5 tokens), B (4) and C (2); lower case is what a sample learns, `.` is -100:
 
@@ -88,7 +88,7 @@ class Plan:
 
 
 def plan_epoch(samples: Samples, *, length: int, seed: int, epoch: int, folder: Path) -> Plan:
-    """The packs of an epoch (0, 1, ...): made once, found again in `folder` by everybody who asks for the same.
+    """The packs of an epoch (0, 1, ...): made once, then read from `folder`.
 
     A function of its arguments alone, the same on every machine. Each sample is in as many packs as it is seen in the
     epoch. Packs stand in a random order. Several processes may ask at once.
@@ -109,7 +109,7 @@ def plan_epoch(samples: Samples, *, length: int, seed: int, epoch: int, folder: 
 
 
 def _is_whole(place: Path, asked: dict) -> bool:
-    """Whether the plan is there; one that somebody damaged is said and removed."""
+    """Whether the plan is there; a damaged one is reported and removed."""
     if not place.is_dir():
         return False
     with suppress(DataError, OSError):
@@ -123,7 +123,7 @@ def _is_whole(place: Path, asked: dict) -> bool:
 
 
 def _build(samples: Samples, asked: dict, place: Path) -> None:
-    """Make the folder of a plan appear at `place`; who comes second finds it there."""
+    """Make the folder of a plan appear at `place`; a second process finds it there."""
     with shared_folder(place) as partial:
         with (partial / MEMBERS).open("wb") as members, (partial / PACKS).open("wb") as packs:
             written = 0

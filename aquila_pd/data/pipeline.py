@@ -1,4 +1,4 @@
-"""From a DataSpec to conversations: files in order, rows read, normalized, filtered, without duplicates.
+"""Row pipeline from a DataSpec to conversations: read, normalize, filter, deduplicate, split off evaluation rows.
 
     files of `evaluate`, then of `train`, globs sorted
       -> rows -> format -> source -> normalize -> language          data/row_stage.py, in several processes if asked

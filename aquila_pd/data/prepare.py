@@ -1,4 +1,4 @@
-"""Files of conversations as a folder of samples, ready to be packed and trained on.
+"""Preparation flow: files of conversations to a folder of tokenized samples, ready to be packed.
 
 FOLDER/
   train/         samples to train on (samples.py)

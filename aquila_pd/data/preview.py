@@ -1,4 +1,4 @@
-"""A conversation as text that shows what a model reads of it and what it learns to write."""
+"""Label-mask preview: a conversation as text with the trained spans marked."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
-"""What can be said of a row by itself, without the rows before it: its messages, or why it has none; its digest, its
-signature, its overlaps with benchmarks. So it can be done by several processes, and the outcome is the same.
+"""Stateless per-row stage in a process pool: parse, filter, hash, MinHash, benchmark overlaps.
+
+It needs no earlier row, so the outcome is the same for any number of processes.
 """
 
 from collections import deque
@@ -104,7 +105,7 @@ class Examiner:
         return Chunk(found, counters, read, self._sources.unmet)
 
     def _messages(self, row: Row, talk: Talk, counters: Counters) -> list[dict] | None:
-        """None for a row that is dropped, and counted. Files of evaluation are not filtered: somebody chose them."""
+        """None for a row that is dropped, and counted. Evaluation files are not filtered: they were chosen."""
         is_filtered = self._files[row.file].part == TRAIN
         rule = self._sources.why_not(talk.source) if is_filtered else None
         if rule:

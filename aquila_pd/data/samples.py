@@ -1,4 +1,4 @@
-"""Tokenized samples on disk: written once in a stream, memory-mapped afterwards.
+"""Tokenized samples on disk: written as a stream, read through a memory map.
 
 A folder of samples:
   tokens.bin     int32, the ids of all samples, one behind the other

@@ -1,4 +1,4 @@
-"""Rows out of files, one after the other: JSON lines, JSON arrays, parquet; lines and arrays also packed by gzip.
+"""Streaming row readers: JSON Lines, JSON arrays, parquet; lines and arrays also gzipped.
 
 What a row means is not known here (formats.py). A row that cannot be read is handed to `on_bad` and passed over; a
 file that cannot be read on raises DataError.

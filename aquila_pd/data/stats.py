@@ -1,4 +1,4 @@
-"""What is in files of conversations: rows per rule, turns, characters, tokens, and how long samples are."""
+"""Data set statistics: rows per rule, turns, characters, tokens, and the distribution of sample lengths."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""A conversation as the ids a model reads and which of them it learns to write.
+"""Label masking: a conversation as input ids and the ids that are trained on.
 
 The text is made once, in pieces that say what is learned (see chat_templates.py), and encoded as a whole: ids are those
 the model meets when it is used. A token is a target when any character that it writes a part of is: every answer and
@@ -83,7 +83,7 @@ def is_closed(prompts: ChatPrompts, pieces: Sequence[Piece]) -> bool:
 
 
 def _with_eos(prompts: ChatPrompts, written: Written) -> Written:
-    """eos behind the last token that is learned; what a template of somebody else's writes behind that goes."""
+    """eos behind the last token that is learned; what a foreign template writes behind that is cut."""
     eos = prompts.tokenizer.eos_token_id
     if eos is None:
         raise ConfigError(

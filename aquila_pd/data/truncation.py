@@ -1,4 +1,4 @@
-"""A conversation as samples that fit into a pack; what becomes of a longer one is chosen by the user, and counted.
+"""Overlong samples: split at turn borders, truncated, or dropped, and counted.
 
 A turn is a user's message with the answers to it; a system message goes with every sample. Of four turns and a system
 message S, where two turns and S fill a pack:

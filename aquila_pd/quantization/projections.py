@@ -6,19 +6,11 @@ from typing import NamedTuple
 
 from paddle import nn
 
-from ..architecture.weight_map import LAYER
+from ..architecture.weight_map import PROJECTIONS
 from ..ops.fused_linear import FusedLinear
 from ..utils.errors import AquilaError, ConfigError
 
 ALL = "all"
-
-
-def _last_component(parameter: str) -> str:
-    """ "q_proj" of "model.layers.{i}.self_attn.q_proj.weight"."""
-    return parameter.split(".")[-2]
-
-
-PROJECTIONS = tuple(_last_component(row.hf) for row in LAYER if row.transpose)  # q_proj to down_proj
 
 
 class Place(NamedTuple):

@@ -95,6 +95,7 @@ PINS = (
     ),
     Pin("ml_dtypes", ">=0.5.4", "0.5.4", "bfloat16 for numpy"),
     Pin("rich", ">=15,<16", "15.0.0", "draws progress and tables on a terminal"),
+    Pin("pydantic", ">=2.14,<3", "2.14.3", "validates recipes, data settings, sampling parameters and requests"),
     Pin("torch", "==2.13.0", "2.13.0", "gives the logits to compare with; reads .bin of before 1.6", extra="verify"),
     Pin(
         "transformers",

@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: from rows of conversations to a tuned model, in stages that one recipe describes."""
+"""Supervised fine-tuning (full, LoRA, QLoRA) in the stages of one recipe."""

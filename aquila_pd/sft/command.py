@@ -1,4 +1,4 @@
-"""`aquila-pd sft`: a recipe from its rows to a tuned model, in one run folder; the same command goes on with it."""
+"""`aquila-pd sft`: data preparation, training and export of a recipe in one run folder; resumes where it stopped."""
 
 import argparse
 import os
@@ -148,7 +148,7 @@ def _run_rank(args: argparse.Namespace) -> int:
 
 
 def _recipe_of_run(args: argparse.Namespace) -> Recipe:
-    """The recipe that a rank trains by. Raises TrainingError where nobody has prepared the run."""
+    """The recipe that a rank trains by. Raises TrainingError for a run that is not prepared."""
     recipe = read_recipe(args.recipe, args.changes)
     if PREPARED_BY in os.environ:
         return recipe

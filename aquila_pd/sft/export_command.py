@@ -1,4 +1,4 @@
-"""`aquila-pd export`: what a run, or an adapter, has learned as a plain model folder. Arguments only."""
+"""`aquila-pd export`: a stage's result, or an adapter, as a plain model folder. Arguments only."""
 
 import argparse
 from dataclasses import dataclass

@@ -27,6 +27,15 @@ BYTES_PER_BRACKET = 8
 FEW = 1_000_000  # brackets that are no matter
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value out of JSON is a whole number; true and false, which Python counts among them, are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    return is_whole(value) or isinstance(value, float)
+
+
 def refuse_larger(path: Path, limit: int, error: type[AquilaError]) -> None:
     """Raise `error` for a file of more bytes than one of its kind has."""
     size = path.stat().st_size

@@ -152,7 +152,7 @@ def test_preview_shows_a_row_by_its_number_and_by_its_id(capsys, file, model):
         (("--row", "elsewhere.jsonl:1"), "is none of the files"),
         (("--rows", "0"), "at least 1"),
         (("--length", "1"), "fewer than 2 tokens"),
-        (("--held-out", "2"), "held_out: 2.0 is no share"),
+        (("--held-out", "2"), "held_out: it is 2.0 and must be less than 1"),
     ],
 )
 def test_preview_says_what_it_cannot_show(capsys, file, model, arguments, message):

@@ -55,7 +55,7 @@ def stage(**changes) -> Stage:
     lora = {name: changes.pop(name) for name in list(changes) if name in LoraSpec.__dataclass_fields__}
     made = Stage(
         name="one",
-        data=DataSpec(train=(Source(("rows.jsonl",)),)),
+        data=DataSpec(train=(Source(("rows.jsonl",)),), held_out=0.1 if changes.get("eval_every") else 0.0),
         length=LENGTH,
         epochs=2.0,
         global_batch=8,

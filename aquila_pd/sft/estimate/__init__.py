@@ -1,1 +1,1 @@
-"""What a run will take, before it begins: steps, memory, time; the dry run."""
+"""Estimates before a run: steps, FLOPs, memory, time; the dry run."""

@@ -1,4 +1,4 @@
-"""`--dry-run`: everything a run would do and take, and everything that stands in its way, before anything is begun."""
+"""`--dry-run`: the plan of a run, its estimates, and everything that stands in its way; nothing is started."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

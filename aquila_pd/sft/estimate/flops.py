@@ -1,4 +1,4 @@
-"""How much arithmetic a token costs in training: for MFU, and for the time a run will take. Knows no framework."""
+"""Training FLOPs per token, for MFU and for run time. No framework."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How much memory training takes on one device, part by part. Estimates, from sizes alone.
+"""Training memory of one device by part: weights, gradients, optimizer states, activations, logits. From sizes alone.
 
 Bytes for each weight that is trained in bfloat16: 2 (weight) + 4 (float32 gradient, summed over micro-batches) +
 4 (float32 weight) + 8 (two moments) = 18; in float32: 4 + 4 + 8 = 16. A frozen weight takes 2 or 4, in NF4 0.516.

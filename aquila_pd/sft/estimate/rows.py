@@ -1,4 +1,4 @@
-"""How much there is to train on: counted where the rows are prepared, else estimated from the files, and said so."""
+"""Token counts of a stage: exact where its rows are prepared, else extrapolated from the files and marked as such."""
 
 import math
 import tempfile

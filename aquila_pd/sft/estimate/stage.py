@@ -1,4 +1,4 @@
-"""What a stage will take: steps, tokens, memory of a device, time. Estimates, and each says what it stands on."""
+"""Estimate of a stage: steps, tokens, device memory, time; each states its basis."""
 
 import math
 import re
@@ -40,7 +40,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices to train on. name: as the driver has it; memory: bytes of one, None where nobody knows."""
+    """Devices to train on. name: as the driver has it; memory: bytes of one, None if unknown."""
 
     devices: int
     name: str

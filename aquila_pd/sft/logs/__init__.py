@@ -1,4 +1,4 @@
-"""What a training run says about itself: records, a JSON Lines file, the terminal, VisualDL, a curve."""
+"""Training logs: records, JSON Lines, terminal, VisualDL, the loss curve."""
 
 from .records import EvalRecord, StageInfo, StepRecord
 from .reporter import Reporter, Silent, open_reporter

@@ -1,4 +1,4 @@
-"""curve.png: the loss of a whole run in one picture, drawn from log.jsonl."""
+"""curve.png: training and evaluation loss of a whole run, drawn from log.jsonl."""
 
 import io
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""log.jsonl: everything a run says about itself, one JSON object a line, for programs.
+"""log.jsonl: every record of a run as JSON Lines, for programs.
 
 Each line names its kind ("stage", "step", "eval", "saved", "said"), its stage and its step. A run that goes on from a
 checkpoint cuts off what was written after it, so that every step is there once, as if nothing had happened.

@@ -1,4 +1,4 @@
-"""How much memory this process holds, where it computes."""
+"""Memory in use by this process on its device."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What devices could compute at most: dense matrix products in FLOP/s, as their makers publish them.
+"""Peak FLOP/s of devices for dense matrix products, as vendors publish them.
 
 Figures with sparsity are twice as large and no model reaches them; they are not used.
 """

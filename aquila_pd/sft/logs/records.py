@@ -1,4 +1,4 @@
-"""What is written down about a run: a record for each step, evaluation and stage that begins. Numbers, no output."""
+"""Log records: one for each step, evaluation and stage. Numbers, no output."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ class StageInfo:
 
     step: the one it goes on from, 0 for the beginning. steps: of the whole stage. log_every: steps between two lines
     for people; the file has every record. flops_per_token: of one real token forward and backward, for MFU.
-    peak_flops: of one device at the precision in use; None where nobody knows. facts: shown when the stage begins.
+    peak_flops: of one device at the precision in use; None if unknown. facts: shown when the stage begins.
     """
 
     stage: str

@@ -1,5 +1,4 @@
-"""What a run says goes through here, to all who listen: log.jsonl always, the terminal, VisualDL on request, and a
-picture of the loss at the end."""
+"""Reporter: fans log records out to log.jsonl, the terminal, VisualDL on request, and the loss curve at the end."""
 
 import sys
 from collections.abc import Callable, Sequence

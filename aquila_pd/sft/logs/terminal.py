@@ -1,4 +1,4 @@
-"""A run for the person who watches it: a bar on a terminal, one calm line every so often anywhere else."""
+"""Terminal log: a progress bar on a terminal, a line at intervals anywhere else."""
 
 from typing import TextIO
 

@@ -1,4 +1,4 @@
-"""The same numbers for VisualDL, Paddle's own board: `visualdl --logdir RUN/visualdl`. One folder for each stage."""
+"""VisualDL log: scalars for `visualdl --logdir RUN/visualdl`, one folder for each stage."""
 
 import shutil
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Records in words, for a line or a bar."""
+"""Log records as text, for a line or a bar."""
 
 import math
 

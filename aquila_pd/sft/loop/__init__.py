@@ -1,1 +1,1 @@
-"""One stage of training: batches, loss, optimizer, schedule, checkpoints, the Trainer."""
+"""Training loop of one stage: batches, loss, optimizer, schedule, checkpoints, the Trainer."""

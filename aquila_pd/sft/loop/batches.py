@@ -1,7 +1,7 @@
-"""Which packs a step trains on, and how they are cut over ranks and micro-batches.
+"""Global batches of packs, sharded over data-parallel ranks and micro-batches.
 
 The packs of all epochs stand in one row; step s takes `global_batch` of them from s * global_batch on, the last step
-what is left. So a step is the same whoever computes it: with 8 packs a step, 2 ranks and 2 packs at a time
+what is left. So a step is the same on any number of ranks: with 8 packs a step, 2 ranks and 2 packs at a time
 
     step s        pack 0  1 | 2  3 | 4  5 | 6  7
     rank             0      |  1   |  0   |  1
@@ -26,11 +26,11 @@ from ...utils.errors import DataError
 FIELDS = ("input_ids", "labels", "position_ids", "segment_ids")
 
 
-class Share(NamedTuple):
-    """Who computes: this rank of `ranks` data-parallel ones, `micro_batch` packs at a time."""
+class DataParallelShard(NamedTuple):
+    """This rank of `world_size` data-parallel ones, `micro_batch` packs at a time."""
 
     rank: int
-    ranks: int
+    world_size: int
     micro_batch: int
 
 
@@ -45,7 +45,7 @@ class StepCounts(NamedTuple):
 class Packs:
     """The packs of several epochs in one row. epochs may be a fraction: of the last one the first packs are taken.
 
-    plan_of: epoch -> Plan. pad_id: what stands where nothing does. most: packs after which nobody asks; epochs behind
+    plan_of: epoch -> Plan. pad_id: what stands where nothing does. most: packs that are needed at most; epochs behind
     them are not planned.
     """
 
@@ -127,18 +127,18 @@ class Steps:
             raise DataError(f"Step {step} has nothing to learn: the packs {list(self.numbers(step))} hold no label.")
         return StepCounts(labels, tokens, self.global_batch * self.packs.length)
 
-    def micro_batches(self, share: Share, first: int = 0) -> Iterator[dict]:
+    def micro_batches(self, shard: DataParallelShard, first: int = 0) -> Iterator[dict]:
         """This rank's micro-batches from step `first` on: FIELDS int64 [micro_batch, length], and
 
         step, micro: where it stands; numbers: of its packs; labels_in_step: labels of the whole step over all ranks.
         """
-        per_micro = share.ranks * share.micro_batch
+        per_micro = shard.world_size * shard.micro_batch
         for step in range(first, self.steps):
             numbers, labels = self.numbers(step), self.counts(step).labels
             for micro in range(self.global_batch // per_micro):
-                begin = micro * per_micro + share.rank * share.micro_batch
-                mine = numbers[begin : begin + share.micro_batch]
+                begin = micro * per_micro + shard.rank * shard.micro_batch
+                mine = numbers[begin : begin + shard.micro_batch]
                 arrays = [self.packs.arrays(number) for number in mine]
-                arrays += [self.packs.empty() for _ in range(share.micro_batch - len(arrays))]
+                arrays += [self.packs.empty() for _ in range(shard.micro_batch - len(arrays))]
                 batch = {name: np.stack([pack[name] for pack in arrays]) for name in FIELDS}
                 yield batch | {"step": step, "micro": micro, "numbers": mine, "labels_in_step": labels}

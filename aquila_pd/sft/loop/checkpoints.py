@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or not there, with every file's hash, and the one before when one is damaged.
+"""Training checkpoints: atomic, hashed, sharded over ranks; a damaged one falls back to the one before.
 
     checkpoints/step-00000120/
       weights-00001.safetensors            what is trained: all weights, or the adapter; by rank 0

@@ -1,6 +1,6 @@
-"""What a training step computes: a model around the language model whose output is a sum of losses.
+"""Summed token loss: the language model and its head as one layer whose output is a sum of cross-entropies.
 
-A sum and not a mean, as only who knows the whole step can divide by its labels. Logits are made of the places that
+A sum and not a mean: only the step as a whole knows its number of labels. Logits are made of the places that
 have a label and of no others: the head over a vocabulary of 100,000 is the widest product there is. They are never
 all there at once (ops/linear_cross_entropy.py).
 """

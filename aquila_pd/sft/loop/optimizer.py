@@ -1,4 +1,4 @@
-"""AdamW for a stage, its state under the names of parameters, and the norm of a gradient that is cut over ranks."""
+"""AdamW with states named by parameter, and the global gradient norm over ranks."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -31,7 +31,7 @@ class AdamW(paddle.optimizer.AdamW):
 def adamw(model: nn.Layer, optim: Optim, schedule) -> AdamW:
     """AdamW over what is trained. Weight decay acts on matrices, as is usual: not on the weights of norms.
 
-    Gradients are clipped by whoever calls step(), who knows all ranks. Half-precision weights get float32 twins.
+    Gradients are clipped by the caller of step(), which knows all ranks. Half-precision weights get float32 twins.
     """
     parameters = trained(model)
     decayed = {parameter.name for parameter in parameters.values() if parameter.ndim > 1}

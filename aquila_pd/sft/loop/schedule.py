@@ -1,4 +1,4 @@
-"""The learning rate of each step, a function of the step alone: a resumed run needs nothing else."""
+"""Learning-rate schedule as a pure function of the step: warmup, then cosine, linear or constant."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One stage of training on PaddleNLP's Trainer: its loop, accumulation and Fleet wrappers; our batches, loss, files.
+"""StageTrainer: PaddleNLP's Trainer (loop, accumulation, Fleet wrappers) with our batches, loss and checkpoints.
 
 What is replaced, and why:
 
@@ -29,7 +29,7 @@ from ..logs.records import EvalRecord, StepRecord
 from ..logs.reporter import Reporter
 from ..recipe.load import Stage
 from ..run.launch import asks
-from .batches import FIELDS, Packs, Share, Steps
+from .batches import FIELDS, DataParallelShard, Packs, Steps
 from .checkpoints import Checkpoint, Checkpoints, Ranks, array_of
 from .loss import SummedLoss
 from .optimizer import adamw, clip_factor, gradients, load_state, squared_norm, state_of, trained, updated_here
@@ -47,7 +47,7 @@ class Best:
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop by signal `number` (Ctrl-C, SIGTERM); what was done is in a checkpoint."""
+    """Stopped by signal `number` (Ctrl-C, SIGTERM); progress is in a checkpoint."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -79,7 +79,7 @@ class StageTrainer(Trainer):
         self._stopping = False  # what all ranks agreed on at the last step
         self._seen = -1  # the last step that was logged
         super().__init__(model=model, args=arguments, callbacks=[_BeforeUpdate(self)])
-        self.share = Share(max(arguments.dataset_rank, 0), arguments.dataset_world_size, stage.micro_batch)
+        self.shard = DataParallelShard(max(arguments.dataset_rank, 0), arguments.dataset_world_size, stage.micro_batch)
         self.ranks = Ranks(max(dist.get_rank(), 0), dist.get_world_size(), _wait)
         self._clock = math.nan  # when the step under way began
 
@@ -90,7 +90,7 @@ class StageTrainer(Trainer):
 
         A stage that begins is evaluated first: what it improves on shows, and that evaluation works before hours go by.
 
-        Raises TrainingError when the loss or the gradient is no number, Stopped when somebody asked for it.
+        Raises TrainingError when the loss or the gradient is no number, Stopped on a signal.
         """
         self._resumed_from = checkpoint
         if checkpoint is not None:
@@ -112,7 +112,7 @@ class StageTrainer(Trainer):
 
     @contextmanager
     def _stop_when_told(self) -> Iterator[None]:
-        """What asks for an end (Ctrl-C, SIGTERM, a closed terminal) lets the step end; a second time nobody waits."""
+        """SIGINT, SIGTERM, SIGHUP: the first lets the step end, the second does not wait."""
 
         def told(number: int, frame: object) -> None:
             if self._asked:
@@ -130,18 +130,18 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self):
         first = self._resumed_from.step if self._resumed_from else 0
-        return _Loader(self.steps, self.share, first)
+        return _Loader(self.steps, self.shard, first)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         return {name: paddle.to_tensor(inputs[name]) for name in FIELDS}
 
     def training_step(self, model, inputs: dict, step_control: int = 0):
         """Forward and backward of a micro-batch; its share of the step's loss, float32 scalar."""
-        paddle.seed(derive_key("draws", self.seed, self.stage.name, inputs["step"], inputs["micro"], self.share.rank))
+        paddle.seed(derive_key("draws", self.seed, self.stage.name, inputs["step"], inputs["micro"], self.shard.rank))
         model.train()
         total = model(**self._prepare_inputs(inputs))
         # ranks' gradients are averaged, hence the number of ranks
-        loss = total * (self.share.ranks / inputs["labels_in_step"])
+        loss = total * (self.shard.world_size / inputs["labels_in_step"])
         loss.backward()
         self._parts.append((inputs["numbers"], loss.detach()))
         return loss.detach()
@@ -165,8 +165,8 @@ class StageTrainer(Trainer):
         self.optimizer = adamw(self.model, optim, self.lr_scheduler)
 
     def _check_loss_valid(self, loss) -> None:
-        """The step's loss over all ranks; every rank learns at once when it is no number or somebody wants to stop."""
-        sums = _sum_over_ranks([float(loss) / self.share.ranks, float(self._asked > 0)])
+        """The step's loss over all ranks; non-finite values and stop requests reach every rank at once."""
+        sums = _sum_over_ranks([float(loss) / self.shard.world_size, float(self._asked > 0)])
         self._loss, self._stopping = sums[0], sums[1] > 0
         if not math.isfinite(self._loss):
             raise self._not_a_number("loss", self._loss, self._suspects())
@@ -255,11 +255,11 @@ class StageTrainer(Trainer):
     def evaluate_held_out(self, step: int) -> bool:
         """The mean loss over all labels held out, reported; whether it is the lowest so far."""
         begin = time.perf_counter()
-        model, packs, share = self.model, self.held_out, self.share
+        model, packs, shard = self.model, self.held_out, self.shard
         model.eval()
         total, labels = 0.0, 0
         with paddle.no_grad():
-            for number in range(share.rank, len(packs), share.ranks):
+            for number in range(shard.rank, len(packs), shard.world_size):
                 arrays = packs.arrays(number)
                 total += float(model(**{name: paddle.to_tensor(arrays[name][None]) for name in FIELDS}))
                 labels += packs.counts(number)[0]
@@ -332,11 +332,11 @@ class _BeforeUpdate(TrainerCallback):
 class _Loader:
     """Without a length, so that the Trainer counts steps and not epochs."""
 
-    def __init__(self, steps: Steps, share: Share, first: int):
-        self._steps, self._share, self._first = steps, share, first
+    def __init__(self, steps: Steps, shard: DataParallelShard, first: int):
+        self._steps, self._shard, self._first = steps, shard, first
 
     def __iter__(self) -> Iterator[dict]:
-        return self._steps.micro_batches(self._share, self._first)
+        return self._steps.micro_batches(self._shard, self._first)
 
 
 def load_trained(model, checkpoint: Checkpoint) -> None:

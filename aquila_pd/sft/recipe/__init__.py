@@ -1,1 +1,1 @@
-"""A training recipe: its schema, the YAML reader, the checks."""
+"""Training recipes: schema, YAML reader, findings, reference."""

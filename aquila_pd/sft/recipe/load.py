@@ -1,4 +1,4 @@
-"""What a training run does, as data: a YAML file read into frozen dataclasses, all that is wrong said at once.
+"""Recipe loader: YAML, overrides and defaults, validated against recipe/schema.py; all findings at once.
 
     name: two stages            # default: the file's name
     model: ../models/base       # a converted folder
@@ -21,61 +21,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from ...utils.errors import RecipeError, report, shown_value
 from ...utils.files import read_text
 from . import yaml_nodes
-from .checks import CHECKS
-from .reader import BAD, Reader
-from .schema import LoraSpec, Optim, Recipe, Stage
+from .findings import findings_of
+from .schema import LoraSpec, Optim, Recipe, RecipeKeys, Stage
 from .yaml_nodes import Node
 
 __all__ = ["LoraSpec", "Optim", "Recipe", "Stage", "load_recipe", "load_values"]
 
 INSTEAD = (("warmup_steps", "warmup_ratio"),)  # two ways to say the same; a stage's takes the place of the defaults'
-
-
+KEYS = TypeAdapter(RecipeKeys)
 PATHS = ("model", "output", "files", "contamination")  # keys whose text is a path
-# How other programs call what is a key here.
-ELSEWHERE = {
-    "learning_rate": "lr",
-    "min_learning_rate": "min_lr",
-    "lr_scheduler_type": "schedule",
-    "scheduler": "schedule",
-    "warmup": "warmup_steps",
-    "max_grad_norm": "clip",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "batch_size": "global_batch",
-    "global_batch_size": "global_batch",
-    "micro_batch_size": "micro_batch",
-    "per_device_train_batch_size": "micro_batch",
-    "gradient_accumulation_steps": "global_batch",
-    "max_length": "length",
-    "max_seq_length": "length",
-    "max_seq_len": "length",
-    "cutoff_len": "length",
-    "neftune_noise_alpha": "neftune",
-    "gradient_checkpointing": "recompute",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep",
-    "logging_steps": "log_every",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "rank": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-    "use_dora": "dora",
-    "use_rslora": "rslora",
-    "model_name_or_path": "model",
-    "output_dir": "output",
-    "datasets": "data",
-    "dataset": "data",
-    "val_size": "held_out",
-}
 ADVICE = "Nothing was started. The recipes in recipes/ show every key in use."
 
 
@@ -124,13 +84,14 @@ def _recipe(root: Node, changes: list, findings: list[str], *, folder: Path, nam
         root = _with_defaults(root) if early else root
     if "name" not in root.content and named:
         root = replace(root, content={**root.content, "name": Node(named, "name", None)})
-    written = _read(root, findings)
-    if written is BAD or findings:
+    keys = _validated(root, findings)
+    if findings:
         raise RecipeError(report(f"{source} cannot be used:", sorted(findings, key=_line), ADVICE))
-    anchored = _read(_anchor(root, os.path.abspath(folder)), findings)
-    if anchored is BAD:
+    anchored = _validated(_anchor(root, os.path.abspath(folder)), findings)
+    if findings:
         raise RecipeError(report(f"{source} cannot be used:", findings, ADVICE))
-    return replace(anchored, written=written.values(), digest=digest_of(written.values()))
+    written = keys.values()
+    return Recipe(**vars(anchored), written=written, digest=digest_of(written))
 
 
 def digest_of(values: Mapping) -> str:
@@ -138,12 +99,16 @@ def digest_of(values: Mapping) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _read(root: Node, findings: list[str]) -> Any:
-    reader = Reader(CHECKS, ELSEWHERE, {"defaults": Stage, "": Recipe}, findings)
+def _validated(root: Node, findings: list[str]) -> RecipeKeys | None:
+    """The keys of a recipe; None, and the violations among the findings, when they are not valid."""
     stages = root.get("stages")
     findings += _across_stages(root, stages.content if stages and isinstance(stages.content, list) else [])
-    own = {key: node for key, node in root.content.items() if key != "defaults"}
-    return reader.read(Recipe, replace(root, content=own))
+    own = replace(root, content={key: node for key, node in root.content.items() if key != "defaults"})
+    try:
+        return KEYS.validate_python(own.plain())
+    except ValidationError as error:
+        findings += [line for line in findings_of(error, own) if line not in findings]
+        return None
 
 
 def _with_defaults(root: Node) -> Node:

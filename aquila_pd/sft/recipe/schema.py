@@ -1,52 +1,81 @@
-"""The keys of a recipe, with their types, limits and defaults: frozen dataclasses and nothing else.
+"""Recipe schema: types, limits, defaults, cross-field checks, and the descriptions for docs and editors.
 
-How a file becomes these is recipe/load.py; what they must not say together, recipe/checks.py; the keys of `data` are in
-data/settings.py.
+How a file becomes these is recipe/load.py; the keys of `data` are in data/settings.py, those of `lora` in
+adapters/spec.py. A check of two keys is a validator of the later one and reads the earlier, where it is valid itself.
 """
 
 import dataclasses
 import json
+import os
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, ValidationInfo, field_validator
+
+from ...adapters.spec import LoraSpec
 from ...data.settings import DataSpec
-from ...utils.errors import RecipeError
-from .reader import ABOUT_FILE, keys, limits
+from ...tokenization.chat_templates import find_template
+from ...utils.errors import AquilaError, RecipeError, shown_value
+from ...utils.validation import choice, flag, number, section, settings, several, text, whole, wrong
 
-Method = Literal["full", "lora", "qlora"]
-Schedule = Literal["cosine", "linear", "constant"]
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """Low-rank adapters. r: rank; alpha: the update is scaled by alpha / r, with rslora by alpha / sqrt(r); dropout: of
-    the adapter's input; targets: names of linear layers; dora: a learned magnitude for each column beside it."""
-
-    r: int = limits(8, least=1)
-    alpha: float = limits(16.0, above=0)
-    dropout: float = limits(0.05, least=0, below=1)
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    rslora: bool = False
-    dora: bool = False
+METHODS = ("full", "lora", "qlora")
+SCHEDULES = ("cosine", "linear", "constant")
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_settings = settings(RecipeError, "These settings of a recipe cannot be used:", "Correct them.")
 
 
-@dataclass(frozen=True)
+@_settings
 class Optim:
-    """AdamW and its schedule. lr is reached at the end of the warmup, then falls towards min_lr (constant: stays).
+    """AdamW and its learning-rate schedule."""
 
-    warmup_steps or warmup_ratio (of all steps of the stage), not both; neither is no warmup. weight_decay: on matrices.
-    clip: the largest global norm of the gradient; 0 = no clipping.
-    """
+    lr: number("reached at the last step of the warmup", gt=0) = 1e-5
+    min_lr: number("where it falls to", ge=0) = 0.0
+    schedule: choice(SCHEDULES, "`constant` stays at lr") = "cosine"
+    warmup_steps: whole("steps, or", ge=0) | None = None
+    warmup_ratio: number("of the stage's steps; neither: no warmup", ge=0, lt=1) | None = None
+    weight_decay: number("on matrices", ge=0) = 0.0
+    betas: tuple[number(ge=0, lt=1), number(ge=0, lt=1)] = (0.9, 0.95)
+    eps: number(gt=0) = 1e-8
+    clip: number("largest global norm of the gradient; 0: none", ge=0) = 1.0
 
-    lr: float = limits(1e-5, above=0)
-    min_lr: float = limits(0.0, least=0)
-    schedule: Schedule = "cosine"
-    warmup_steps: int | None = limits(None, least=0)
-    warmup_ratio: float | None = limits(None, least=0, below=1)
-    weight_decay: float = limits(0.0, least=0)
-    betas: tuple[float, float] = limits((0.9, 0.95), least=0, below=1)
-    eps: float = limits(1e-8, above=0)
-    clip: float = limits(1.0, least=0)
+    @field_validator("min_lr")
+    @classmethod
+    def _below_lr(cls, value: float, info: ValidationInfo) -> float:
+        if value > info.data.get("lr", value):
+            raise wrong(f"it is {value:g}, above lr {info.data['lr']:g}")
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _falls_to_min_lr(cls, value: str, info: ValidationInfo) -> str:
+        if value == "constant" and info.data.get("min_lr"):
+            raise wrong(f"constant never falls to min_lr, which is {info.data['min_lr']:g}")
+        return value
+
+    @field_validator("warmup_ratio")
+    @classmethod
+    def _one_warmup(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("warmup_steps") is not None:
+            raise wrong("warmup_steps is there too; keep one of them")
+        return value
+
+
+def _folder_name(name: str) -> str:
+    if not FOLDER_NAME.fullmatch(name) or name.endswith("."):
+        raise wrong(
+            f"{shown_value(name)} cannot name a folder everywhere; use at most 64 letters, digits, ., _ and -, "
+            "the first a letter or digit"
+        )
+    return name
+
+
+def _known_template(name: str) -> str:
+    try:
+        find_template(name)
+    except AquilaError as error:
+        raise wrong(str(error)) from error
+    return name
 
 
 def _multiples(number: int, of: int) -> str:
@@ -54,40 +83,70 @@ def _multiples(number: int, of: int) -> str:
     return f"{below} and {below + of}" if below else str(of)
 
 
-@dataclass(frozen=True)
+@_settings
 class Stage:
-    """One stage of training; it starts from the weights the stage before it ended with.
+    """One stage of training; it starts from the weights the stage before it ended with."""
 
-    name: also that of its folder. template: the chat template; None is the model's own. length: tokens of a pack.
-    epochs: may be a fraction; max_steps: an end before that. global_batch: packs in one step over all devices;
-    micro_batch: packs a device computes at a time. neftune: alpha of the noise on embeddings, 0 = none. recompute:
-    activations of the layers are computed again in the backward pass. dtype: of weights and activations, "auto" is
-    bfloat16 where the device has it. eval_every, save_every: in steps, 0 = at the end alone. keep: newest checkpoints
-    that stay; keep_best: and the one with the lowest evaluation loss, from which the next stage starts. log_every: in
-    steps. sharding: stage1 cuts the optimizer over the devices, which otherwise hold the same.
-    """
+    name: Annotated[text("also of its folder"), AfterValidator(_folder_name)]
+    data: section(DataSpec, "see below")
+    template: (
+        Annotated[
+            text("a chat template by name; null: the one the model's folder records"), AfterValidator(_known_template)
+        ]
+        | None
+    ) = None
+    length: whole("tokens of a pack", ge=2, le=1 << 20) = 2048
+    method: choice(METHODS, "all weights, or an adapter on frozen ones, which `qlora` packs in NF4") = "full"
+    lora: section(LoraSpec, "see below") = field(default_factory=LoraSpec)
+    optim: section(Optim, "see below") = field(default_factory=Optim)
+    epochs: number("may be a fraction", gt=0) = 1.0
+    max_steps: whole("an end before that", ge=1) | None = None
+    global_batch: whole("packs in a step, over all devices; a multiple of devices x `micro_batch`", ge=1) = 32
+    micro_batch: whole("packs a device computes at a time", ge=1) = 1
+    neftune: number("alpha of NEFTune's noise on the embeddings, 5 to 15 in the paper; 0: none", ge=0) = 0.0
+    recompute: flag("activations are computed again in the backward pass: less memory, one forward pass more") = False
+    dtype: choice(("auto", "float32", "bfloat16"), "`auto` is bfloat16 where the device has it") = "auto"
+    eval_every: whole(
+        "steps; rows held out are evaluated before the first step and after the last in any case", ge=0
+    ) = 0
+    save_every: whole("steps; 0: only at the end", ge=0) = 500
+    keep: whole("newest checkpoints that stay", ge=1) = 2
+    keep_best: flag("and the one with the lowest evaluation loss, which is then the stage's result") = False
+    log_every: whole("steps from line to line on the terminal; `log.jsonl` has every step", ge=1) = 1
+    visualdl: flag("also for `visualdl --logdir RUN/visualdl`") = False
+    sharding: choice(("none", "stage1"), "`stage1`: the optimizer's state cut over the devices") = "none"
 
-    name: str
-    data: DataSpec
-    template: str | None = None
-    length: int = limits(2048, least=2, most=1 << 20)
-    method: Method = "full"
-    lora: LoraSpec = field(default_factory=LoraSpec)
-    optim: Optim = field(default_factory=Optim)
-    epochs: float = limits(1.0, above=0)
-    max_steps: int | None = limits(None, least=1)
-    global_batch: int = limits(32, least=1)
-    micro_batch: int = limits(1, least=1)
-    neftune: float = limits(0.0, least=0)
-    recompute: bool = False
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    eval_every: int = limits(0, least=0)
-    save_every: int = limits(500, least=0)
-    keep: int = limits(2, least=1)
-    keep_best: bool = False
-    log_every: int = limits(1, least=1)
-    visualdl: bool = False
-    sharding: Literal["none", "stage1"] = "none"
+    @field_validator("max_steps")
+    @classmethod
+    def _after_the_warmup(cls, value: int | None, info: ValidationInfo) -> int | None:
+        warmup = info.data["optim"].warmup_steps or 0 if "optim" in info.data else 0
+        if value is not None and warmup > value:
+            raise wrong(f"it is {value}, and the warmup alone takes {warmup} steps")
+        return value
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _divides(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("global_batch", 0) % value:
+            raise wrong(f"{value} does not divide global_batch {info.data['global_batch']}")
+        return value
+
+    @field_validator("eval_every")
+    @classmethod
+    def _has_rows(cls, value: int, info: ValidationInfo) -> int:
+        data = info.data.get("data")
+        if value and data and not (data.held_out or data.evaluate):
+            raise wrong(
+                "there is nothing to evaluate on; give data.held_out (a share of the rows) or data.evaluate (files)"
+            )
+        return value
+
+    @field_validator("keep_best")
+    @classmethod
+    def _of_several(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("eval_every") == 0:
+            raise wrong("eval_every is 0, so that nothing is evaluated before the end")
+        return value
 
     @property
     def evaluates(self) -> bool:
@@ -106,24 +165,25 @@ class Stage:
         return steps
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """All stages of a run. seed: of every draw in it. export: "merged" writes the last stage's result as a plain model.
+@_settings
+class RecipeKeys:
+    """All stages of a run."""
 
-    text: the file as it was. overrides: what was changed on the command line. written: all keys with paths as they were
-    written there; digest: of that, so that comments and another folder do not change it.
-    """
+    model: text("a converted folder")
+    output: text("the run folder")
+    stages: several(section(Stage), "one after the other", least=1)
+    name: text("of the run; none: the file's") = ""
+    seed: whole("of every draw", ge=0, le=2**32 - 1) = 0
+    export: choice(("none", "merged"), "`merged`: the last stage's result as a plain model in `RUN/model`") = "merged"
 
-    model: str
-    output: str
-    stages: tuple[Stage, ...]
-    name: str = ""
-    seed: int = limits(0, least=0, most=2**32 - 1)
-    export: Literal["none", "merged"] = "merged"
-    text: str = field(default="", **ABOUT_FILE)
-    overrides: tuple[str, ...] = field(default=(), **ABOUT_FILE)
-    written: dict | None = field(default=None, **ABOUT_FILE)
-    digest: str = field(default="", **ABOUT_FILE)
+    @field_validator("output")
+    @classmethod
+    def _elsewhere(cls, value: str, info: ValidationInfo) -> str:
+        if "model" in info.data:
+            model, output = (os.path.abspath(os.path.expanduser(path)) for path in (info.data["model"], value))
+            if os.path.commonpath([model, output]) == model:
+                raise wrong("it is the folder of the model, or lies in it, and would change the model")
+        return value
 
     def values(self) -> dict:
         """All keys, defaults written out, as JSON holds them; load_values reads them. No lora where nothing uses it."""
@@ -131,4 +191,25 @@ class Recipe:
         for stage in found["stages"]:
             if stage["method"] == "full":
                 del stage["lora"]
-        return json.loads(json.dumps({one.name: found[one.name] for one in keys(Recipe)}))
+        return json.loads(json.dumps({one.name: found[one.name] for one in dataclasses.fields(RecipeKeys)}))
+
+
+@dataclass(frozen=True)
+class Recipe(RecipeKeys):
+    """A recipe and what is known of its file, which is not compared.
+
+    text: the file as it was. overrides: what was changed on the command line. written: all keys with paths as they were
+    written there; digest: of that, so that comments and another folder do not change it.
+    """
+
+    text: str = field(default="", compare=False)
+    overrides: tuple[str, ...] = field(default=(), compare=False)
+    written: dict | None = field(default=None, compare=False)
+    digest: str = field(default="", compare=False)
+
+
+def settings_in(annotation: Any) -> type | None:
+    """The settings class in the type of a field: DataSpec's for `tuple[Source, ...]` is Source."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    return next(filter(None, map(settings_in, getattr(annotation, "__args__", ()))), None)

@@ -1,4 +1,4 @@
-"""A YAML text as nodes that know their line and their path, and what is said about them on a command line.
+"""YAML nodes with line and path, and overrides from the command line.
 
 Nothing is interpreted here: a scalar keeps the text it was written with, because what it means follows from where it
 stands (`no` is a language among languages, and `1e-5` a number, which YAML 1.1 reads as text).
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import yaml
 
 from ...utils.errors import RecipeError, shown_value
+from ...utils.validation import Unquoted
 
 STANDARD = "tag:yaml.org,2002:"
 TAGS = {
@@ -45,12 +46,27 @@ class Node:
         """The value of a key; None where there is none, or no mapping."""
         return self.content.get(key) if isinstance(self.content, dict) else None
 
+    def find(self, place: tuple) -> "tuple[Node, tuple]":
+        """The deepest node on the way to a place, and the keys left. A value alone is the first of its list."""
+        key = place[0] if place else None
+        if isinstance(key, int) and not isinstance(self.content, list):
+            return self.find(place[1:]) if key == 0 else (self, place)
+        inside = self.content[key] if isinstance(key, int) and key < len(self.content) else self.get(key)
+        return (self, place) if inside is None else inside.find(place[1:])
+
+    def plain(self) -> object:
+        """What pydantic reads: dictionaries, lists, text; a scalar without quotes as Unquoted."""
+        content = self.content
+        if isinstance(content, dict):
+            return {key: node.plain() for key, node in content.items()}
+        if isinstance(content, list):
+            return tuple(node.plain() for node in content)
+        return content if content is None or self.quoted else Unquoted(content)
+
 
 def inner(path: str, key: str | int) -> str:
-    """The path of what stands inside: stages[0], stages[0].optim."""
-    if isinstance(key, int):
-        return f"{path}[{key}]"
-    return f"{path}.{key}" if path else key
+    """The path of what stands inside: stages.0, stages.0.optim."""
+    return f"{path}.{key}" if path else str(key)
 
 
 # ----------------------------------------------------------------------------------------------------- reading

@@ -1,1 +1,1 @@
-"""A run of several stages in one folder: preflight, preparation, stages, processes, results."""
+"""A multi-stage run in one folder: preflight, preparation, stages, processes, results."""

@@ -1,4 +1,4 @@
-"""Where everything of a run lies.
+"""Layout of a run folder.
 
 RUN/
   manifest.json              what was trained on, with what, and what came out (manifest.py)

@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine: started together, ended together.
+"""Launcher: the ranks of one run on this machine, started and ended together.
 
 Over several machines Paddle's own launcher does it; a process it started is recognized by its environment.
 """
@@ -44,7 +44,7 @@ def leave(status: int) -> NoReturn:
     TCPStore hears that another rank has hung up while the objects it needs for that are being taken down.
     """
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more; closed; None
+        with suppress(OSError, ValueError, AttributeError):  # no reader any more; closed; None
             stream.flush()
     os._exit(status)
 
@@ -146,7 +146,7 @@ def _environment(number: int, endpoints: list[str], *, on_gpus: bool) -> dict[st
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at now."""
+    """Free ports."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -1,4 +1,4 @@
-"""manifest.json of a run: what was asked for, what it was trained on and with, and what came out.
+"""manifest.json of a run: recipe, model and data fingerprints, environment, state and results of stages.
 
 {
   "version": 1, "written_by": "aquila_pd 0.1.0",
@@ -16,13 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...checkpoint.io.manifest import MANIFEST as CONVERSION
 from ...runtime.versions import NAME, VERSION, pin
 from ...utils.errors import CheckpointError, RecipeError, TrainingError, report
 from ...utils.files import hash_file, read_object, write_json
-from ..recipe.load import Recipe, load_values
 from .resuming import WAITING, differences
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -90,7 +93,7 @@ class Manifest:
         self.path, self.content = path, content
 
     @classmethod
-    def start(cls, folder: Path, recipe: Recipe, *, model: Mapping, environment: Mapping) -> "Manifest":
+    def start(cls, folder: Path, recipe: "Recipe", *, model: Mapping, environment: Mapping) -> "Manifest":
         """The manifest of a run that begins; written at once."""
         content = {
             "version": FORMAT,
@@ -123,12 +126,14 @@ class Manifest:
         write_json(self.path, self.content, fsync=True)
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> "Recipe":
         """The recipe the run is following."""
+        from ..recipe.load import load_values  # loads pydantic and YAML, which an export does not always need
+
         kept = self.content["recipe"]
         return load_values(kept["values"], text=kept["text"], overrides=kept["overrides"], written=kept["written"])
 
-    def resume(self, recipe: Recipe, *, model: Mapping, environment: Mapping, record: bool = True) -> list[str]:
+    def resume(self, recipe: "Recipe", *, model: Mapping, environment: Mapping, record: bool = True) -> list[str]:
         """Go on with a recipe, which may be the old one; what is different from before, in lines to be said.
 
         record: false for a look alone, after which the manifest is what it was.
@@ -162,7 +167,7 @@ class Manifest:
         self.write()
 
 
-def _recipe_facts(recipe: Recipe) -> dict:
+def _recipe_facts(recipe: "Recipe") -> dict:
     return {
         "digest": recipe.digest,
         "text": recipe.text,

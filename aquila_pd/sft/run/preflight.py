@@ -1,4 +1,4 @@
-"""Before training: what can be said early is said, the run folder is held, its manifest opened, its rows prepared."""
+"""Preflight: validate, lock the run folder, open or resume its manifest, prepare rows."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The rows of a stage, prepared in the run folder for the model that will be trained on them."""
+"""Data preparation of a stage: tokenized samples in the run folder, for the model that trains on them."""
 
 import sys
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""What a stage leaves: a model folder that loads like a converted one, or an adapter."""
+"""Stage results: a model folder that loads like a converted one, or an adapter."""
 
 import json
 import shutil

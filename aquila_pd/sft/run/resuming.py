@@ -1,4 +1,4 @@
-"""Which keys of a recipe may be changed while its run is under way, and which would make another run of it."""
+"""Resume compatibility: which recipe keys may change under way, and which make another run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""All stages of a recipe in one run folder, each from the weights the one before it ended with.
+"""Stage sequence of a run: each stage starts from the weights the one before ended with.
 
 A stage is done when its result is there. So the same call starts a run and goes on with it: stages that are done are
 left alone, the first that is not goes on from its newest checkpoint.
@@ -58,9 +58,9 @@ class Carried:
 def train(recipe: Recipe, run: RunFolder, manifest: Manifest) -> None:
     """Train what is left of a recipe whose data is prepared; every rank calls this, and rank 0 writes.
 
-    Raises TrainingError, DataError, CheckpointError; trainer.Stopped when somebody asked the run to stop.
+    Raises TrainingError, DataError, CheckpointError; trainer.Stopped on a signal.
     """
-    _meet(recipe)
+    _init_distributed(recipe)
     carried = Carried(Path(recipe.model))
     done = _done(recipe, run)
     for stage in done:
@@ -87,8 +87,8 @@ def train(recipe: Recipe, run: RunFolder, manifest: Manifest) -> None:
         _export(carried, run)
 
 
-def _meet(recipe: Recipe) -> None:
-    """Meet the other ranks. Fleet's groups are made here where any stage wants them: later, nobody would make them."""
+def _init_distributed(recipe: Recipe) -> None:
+    """Initialize the process group, and Fleet's groups if any stage shards its optimizer: once for all stages."""
     if ranks() == 1:
         return
     if all(stage.sharding == "none" for stage in recipe.stages):
@@ -213,7 +213,7 @@ class _Training:
     def _end(self, model: AquilaForCausalLM, carried: Carried, steps: Steps, best: Best) -> None:
         result = self.folder.result(self.stage.name)
         if rank() == 0:
-            # known before the result is there: whoever goes on after a kill between the two knows the rest
+            # known before the result is there: a resume after a kill between the two needs it
             facts = {"evaluation_loss": best.loss, "best_step": best.step} if best.step else {}
             self.manifest.update(self.stage.name, steps=steps.steps, **facts)
             with new_folder(result) as folder:
@@ -304,7 +304,7 @@ def _merge(carried: Carried, output: Path) -> None:
     """Merge what is carried, or end the merging of a run that was killed in its last moment."""
     if not _is_there(output):
         merge_folder(carried.base, carried.adapter, output, template=carried.by.template, fsync=True)
-    (output / LOCK).unlink(missing_ok=True)  # held by nobody: the run folder's lock is
+    (output / LOCK).unlink(missing_ok=True)  # not held: the run folder's lock is
 
 
 def _is_there(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """From a spec to conversations: the same ones on every run, every row accounted for, nothing on both sides."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -361,25 +362,27 @@ GOOD = {"train": (Source(("a.jsonl",)),)}
 @pytest.mark.parametrize(
     ("values", "finding"),
     [
-        ({"train": ()}, "train: no files"),
-        ({"train": (Source(()),)}, "train.0.files: none"),
-        ({"train": (Source("a.jsonl"),)}, "train.0.files: 'a.jsonl' is no tuple"),
-        ({"train": (Source(("a", 5)),)}, "train.0.files: 5 is no text"),
-        ({"train": (Source(("a",)), Source(("a",), format="sharegpt"))}, "train.1.format: 'sharegpt' is none of auto"),
-        ({"train": (Source(("a",), weight=0),)}, "train.0.weight: 0 is no number above 0"),
-        ({"train": (Source(("a",), weight=float("nan")),)}, "train.0.weight: nan"),
-        ({"evaluate": (Source(("a",), weight=2),)}, "evaluate.0.weight: rows for evaluation are seen once"),
-        ({"held_out": 1}, "held_out: 1 is no share"),
-        ({"held_out": True}, "held_out: True is no share"),
-        ({"held_out": 0.1, "evaluate": (Source(("a",)),)}, "held_out and evaluate"),
-        ({"overlong": "cut"}, "overlong: 'cut' is none of split, truncate, drop"),
-        ({"max_bad_lines": -1}, "max_bad_lines: -1"),
-        ({"max_bad_lines": 1.5}, "max_bad_lines: 1.5"),
-        ({"deduplicate": "fuzzy"}, "deduplicate: 'fuzzy'"),
-        ({"near_threshold": 0.2}, "near_threshold: 0.2"),
-        ({"languages": "en"}, "languages: 'en' is no tuple"),
-        ({"sources": ("",)}, "sources: '' is no text"),
-        ({"drop_contaminated": 1}, "drop_contaminated: 1"),
+        ({"train": ()}, "train: it is empty"),
+        ({"train": ({"files": ()},)}, "train.0.files: it is empty"),
+        ({"train": ({"files": ("a", 5)},)}, "train.0.files.1: it is 5 and must be text"),
+        (
+            {"train": (Source(("a",)), {"files": "a", "format": "sharegpt"})},
+            "train.1.format: it is 'sharegpt' and must be 'auto', ",
+        ),
+        ({"train": ({"files": "a", "weight": 0},)}, "train.0.weight: it is 0 and must be more than 0"),
+        ({"train": ({"files": "a", "weight": float("nan")},)}, "train.0.weight: it is nan and must be a finite number"),
+        ({"evaluate": (Source(("a",), weight=2),)}, "evaluate.0: rows for evaluation are seen once"),
+        ({"held_out": 1}, "held_out: it is 1 and must be less than 1"),
+        ({"held_out": True}, "held_out: it is True and must be a number"),
+        ({"held_out": 0.1, "evaluate": (Source(("a",)),)}, "evaluate: held_out is there too"),
+        ({"overlong": "cut"}, "overlong: it is 'cut' and must be 'split', 'truncate' or 'drop'"),
+        ({"max_bad_lines": -1}, "max_bad_lines: it is -1"),
+        ({"max_bad_lines": 1.5}, "max_bad_lines: it is 1.5"),
+        ({"deduplicate": "fuzzy"}, "deduplicate: it is 'fuzzy'"),
+        ({"near_threshold": 0.2}, "near_threshold: it is 0.2"),
+        ({"languages": 3}, "languages.0: it is 3 and must be text"),
+        ({"sources": ("",)}, "sources.0: it is empty"),
+        ({"drop_contaminated": 1}, "drop_contaminated: it is 1"),
     ],
 )
 def test_settings_that_cannot_be_are_named(values, finding):
@@ -390,6 +393,15 @@ def test_settings_that_cannot_be_are_named(values, finding):
 
 def test_all_settings_that_cannot_be_are_named_at_once():
     with pytest.raises(DataError) as caught:
-        DataSpec(train=(), held_out=-1, overlong="x", languages="en")
+        DataSpec(train=(), held_out=-1, overlong="x", languages=3)
     assert str(caught.value).count("\n  ") == 4
     assert DataSpec(**GOOD).deduplicate == "exact"
+
+
+def test_a_source_alone_names_its_own_keys_and_one_text_is_a_list_of_one():
+    with pytest.raises(DataError) as caught:
+        Source((), "sharegpt", weight=0)
+    assert re.findall(r"  (\w+): ", str(caught.value)) == ["files", "format", "weight"]
+    assert Source("a.jsonl") == Source(("a.jsonl",)) == DataSpec(Source("a.jsonl")).train[0]
+    with pytest.raises(TypeError, match="wieght"):
+        Source("a.jsonl", wieght=2)

@@ -42,11 +42,6 @@ ALLOWED = {
         ("checkpoint.verify.paddle_side", name): "the proof layer by layer runs the Paddle model's layers"
         for name in ("configuration", "fusion_ops", "ops.attention_mask", "modeling", "ops.rope", "ops.threads")
     },
-    **{
-        (f"adapters.{name}", f"sft.recipe.{other}"): "an adapter is what a recipe asks for"
-        for name in ("lora", "lora_math", "peft_files")
-        for other in ("schema", "checks")
-    },
 }
 # Below the model, and yet each made of a framework: two are imported inside a function, when a proof runs both; the
 # third needs the base library's ChatTemplate and is imported by tokenizer.py only.

@@ -12,7 +12,7 @@ import pytest
 from sft_factory import LENGTH, VOCABULARY, Recorder, packs, random_samples, run, stage, tiny_model, trainer_of
 from twins import assert_close
 
-from aquila_pd.sft.loop.batches import FIELDS, Packs, Share, Steps
+from aquila_pd.sft.loop.batches import FIELDS, DataParallelShard, Packs, Steps
 from aquila_pd.sft.loop.loss import SummedLoss
 from aquila_pd.sft.loop.optimizer import adamw, gradients
 from aquila_pd.sft.loop.schedule import learning_rate
@@ -74,7 +74,7 @@ def test_every_pack_is_trained_on_once_an_epoch_and_the_last_step_may_be_smaller
     assert len(data) % 8
     numbers = [number for step in range(steps.steps) for number in steps.numbers(step)]
     assert numbers == list(range(len(data)))
-    seen = list(steps.micro_batches(Share(0, 1, 4)))
+    seen = list(steps.micro_batches(DataParallelShard(0, 1, 4)))
     assert len(seen) == steps.steps * 2
     labels = sum(int((batch["labels"] != -100).sum()) for batch in seen)
     assert labels == sum(steps.counts(step).labels for step in range(steps.steps))
@@ -83,8 +83,8 @@ def test_every_pack_is_trained_on_once_an_epoch_and_the_last_step_may_be_smaller
 def test_ranks_share_a_step_without_overlap_or_loss(tmp_path):
     data = packs(random_samples(tmp_path / "samples"), tmp_path / "plans", epochs=1)
     steps = Steps(data, global_batch=8)
-    alone = [batch["input_ids"] for batch in steps.micro_batches(Share(0, 1, 8))]
-    ranks = [list(steps.micro_batches(Share(rank, 2, 2))) for rank in range(2)]
+    alone = [batch["input_ids"] for batch in steps.micro_batches(DataParallelShard(0, 1, 8))]
+    ranks = [list(steps.micro_batches(DataParallelShard(rank, 2, 2))) for rank in range(2)]
     for step, expected in enumerate(alone):
         parts = [batch["input_ids"] for pair in zip(*ranks, strict=True) for batch in pair if batch["step"] == step]
         assert (np.concatenate(parts) == expected).all()
