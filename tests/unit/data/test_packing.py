@@ -248,7 +248,7 @@ def test_a_damaged_plan_is_made_again(tmp_path, caplog):
 
 def test_a_failed_plan_leaves_nothing(tmp_path, monkeypatch):
     samples = write_samples(tmp_path / "samples", [10] * 50)
-    monkeypatch.setattr(packing, "sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("aquila_pd.utils.atomic.sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         plan_epoch(samples, length=32, seed=0, epoch=0, folder=tmp_path / "plans")
     assert list((tmp_path / "plans").iterdir()) == []
