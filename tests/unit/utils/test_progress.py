@@ -64,6 +64,12 @@ def test_without_colours_there_is_a_bar_and_no_colour():
     assert "\x1b[3" in on_a_terminal(WORK), "the control"
 
 
+def test_a_terminal_without_unicode_gets_a_bar_of_ascii():
+    lines = lines_shown(on_a_terminal(WORK, PYTHONIOENCODING="ascii", columns=60))
+    assert any(line.startswith("  write") and "----" in line for line in lines)
+    assert "rich was loaded: True" in lines
+
+
 @pytest.mark.parametrize("how", [{"TERM": "dumb"}, {"to_file": "stderr"}], ids=["dumb", "stderr in a file"])
 def test_where_no_bar_can_be_drawn_there_are_lines_and_rich_is_not_loaded(how):
     written = on_a_terminal(WORK, **how)
