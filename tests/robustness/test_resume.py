@@ -603,36 +603,40 @@ def test_source_lost_in_the_middle_goes_on_when_it_is_back(place, way):
 # ------------------------------------------------------------------------------------------------ Ctrl-C
 
 
-def assert_last_words_are_true(place: Place, message: str, wanted: dict[str, str]) -> None:
-    """What the message says is left behind is what lies there, and nothing else."""
+def assert_last_words_are_true(place: Place, message: str, wanted: dict[str, str]) -> str:
+    """What the message says is left behind is what lies there, and nothing else; returns "complete", "kept" or
+    "nothing"."""
     assert message.count("\n") == 1, message
     if "is complete" in message:
         assert place.names() == ["out", "source"], message
         assert differing(place.output, wanted) == [], message
-    elif "shards are finished and kept" in message:
+        return "complete"
+    if "shards are finished and kept" in message:
         assert place.names() == ["out.partial", "source"], message
         assert f"{len(place.journaled())} of {SHARDS} shards are finished and kept in {place.partial}:" in message
         assert place.journaled(), message
-    else:
-        assert message.endswith(f"Nothing was left behind; {place.output} is as it was before.\n"), message
-        assert place.names() == ["source"], message
+        return "kept"
+    assert message.endswith(f"Nothing was left behind; {place.output} is as it was before.\n"), message
+    assert place.names() == ["source"], message
+    return "nothing"
 
 
 # What an interrupted run still does and says depends on what it was doing, reading too: one moment of each kind.
 # SIGTERM takes the same way to another exit status: changes alone.
 @pytest.mark.parametrize(("act", "status"), [(INTERRUPT, 130), (TERMINATE, 143)], ids=["SIGINT", "SIGTERM"])
 def test_stopped_at_any_moment_the_last_words_are_true(place, act, status):
-    wanted = place.reference()
+    wanted, left = place.reference(), set()
 
     def check(moment: int) -> None:
         place.clear()
         ended = place.run(*workers(1), act=act, number=moment)
         assert ended.status == status, ended.err
-        assert_last_words_are_true(place, ended.err, wanted)
+        left.add(assert_last_words_are_true(place, ended.err, wanted))
         if not place.output.exists():
             assert_same_command_finishes(place, wanted)
 
     sweep(moments(place.run(*workers(1)), 1, reads=act == INTERRUPT), check)
+    assert left == {"nothing", "kept", "complete"}, "the moments reach from before the first shard to the end"
 
 
 def test_ctrl_c_right_after_the_last_rename_is_told_as_it_is(place):
