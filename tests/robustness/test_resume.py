@@ -111,7 +111,7 @@ def code(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def laboratory(code) -> Iterator[ForkServer]:
-    made = ForkServer([*CONVERTER, "converted_once"], path=[str(code), str(SUPPORT)])
+    made = ForkServer(CONVERTER, path=[str(code), str(SUPPORT)])
     yield made
     made.close()
 
