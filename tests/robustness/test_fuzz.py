@@ -1,7 +1,8 @@
 """Damaged checkpoints by the thousand: each is converted rightly or refused by name, and leaves nothing behind.
 
-Hypothesis damages sound files in a fixed order of tries (no clock, no stored examples). What still converts is compared
-with what the libraries that own the format read from the same damaged file.
+Hypothesis damages sound files in a fixed order of tries (no clock, no stored examples), many more of them with
+AQUILA_PD_TEST_THOROUGH=1. What still converts is compared with what the libraries that own the format read from the
+same damaged file.
 """
 
 import copy
@@ -21,30 +22,21 @@ from pathlib import Path
 
 import checkpoint_factory as factory
 import pytest
+from effort import tries
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 
-hypothesis = pytest.importorskip("hypothesis")
-
-from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from hypothesis.configuration import set_hypothesis_home_dir  # noqa: E402
-
-from aquila_pd.checkpoint.convert import convert  # noqa: E402
-from aquila_pd.checkpoint.plan import make_plan  # noqa: E402
-from aquila_pd.checkpoint.sources import open_source  # noqa: E402
-from aquila_pd.checkpoint.targets import find_target  # noqa: E402
-from aquila_pd.formats import safetensors  # noqa: E402
-from aquila_pd.utils import files  # noqa: E402
-from aquila_pd.utils.errors import AquilaError  # noqa: E402
+from aquila_pd.checkpoint.convert import convert
+from aquila_pd.checkpoint.plan import make_plan
+from aquila_pd.checkpoint.sources import open_source
+from aquila_pd.checkpoint.targets import find_target
+from aquila_pd.formats import safetensors
+from aquila_pd.utils import files
+from aquila_pd.utils.errors import AquilaError
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "aquila_pd-hypothesis")  # not the folder the tests run in
-FIXED = settings(
-    derandomize=True,
-    database=None,
-    deadline=None,
-    max_examples=400,
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
+FIXED = settings(max_examples=tries(100, 2000), report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
 SECONDS = 60  # for one folder, on a busy machine; a sound one takes a twentieth of one second
 MEMORY = 500 * 2**20  # bytes that one of these tests may add; its files have a tenth of a megabyte
 SINGLE, INDEX, CONFIG, BIN = "model.safetensors", "model.safetensors.index.json", "config.json", "pytorch_model.bin"
@@ -310,7 +302,7 @@ def test_header_with_damaged_bytes(source, place):
 def test_index_and_config_with_changed_values(source, place, name):
     content = json.loads((source / name).read_text())
 
-    @settings(FIXED, max_examples=500)
+    @FIXED
     @given(changed(content))
     def run(text: str) -> None:
         (source / name).write_text(text)
@@ -342,7 +334,7 @@ def test_gguf_with_damaged_bytes(place):
     assert survives(path, place)
     content = path.read_bytes()
 
-    @settings(FIXED, max_examples=500)
+    @FIXED
     @given(damaged(content, 4000))  # the header, and a little of the data
     def run(found: bytes) -> None:
         path.write_bytes(found)
@@ -379,7 +371,7 @@ def test_bin_with_a_damaged_pickle(bin_folder, place):
         (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
         inner = archive.read(name)
 
-    @settings(FIXED, max_examples=500)
+    @FIXED
     @given(damaged(inner))
     def run(found: bytes) -> None:
         (bin_folder / BIN).write_bytes(with_pickle(content, lambda old: found))

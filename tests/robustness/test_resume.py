@@ -2,12 +2,14 @@
 
 Whatever happens, the same command finishes the same bytes, says what it took over, and leaves nothing beside them.
 The moments are found from outside: Python reports every file that is opened, renamed or removed (sys.addaudithook),
-and a run is stopped at one of these events. Nothing here knows in which order the converter does its work.
+and a run is stopped at one of these events. Nothing here knows in which order the converter does its work. Of moments
+of one kind a few are tried, all with AQUILA_PD_TEST_THOROUGH=1.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,9 @@ from pathlib import Path
 
 import checkpoint_factory as factory
 import pytest
-from paths import ROOT
+from effort import THOROUGH
+from fork_server import CONVERTER, ForkServer
+from paths import ROOT, SUPPORT
 
 from aquila_pd.utils.files import files_under
 from convert.torch2paddle import main
@@ -41,16 +45,20 @@ with suppress(OSError), open({filler!r}, "wb", buffering=0) as file:
         file.write(bytes(1 << 16))
 """
 
-# Forks for each request, so that a run does not pay for imports. The child does `act` at the `number`-th event whose
-# kind and path contain `kind` and `path`, of events about paths below `about`.
-LABORATORY = """
+# One run, in a fork of a process that has converted before. It does `act` at the `number`-th event whose kind and path
+# contain `kind` and `path`, of events about paths below `about`, and writes them all down: an open that only reads and
+# a folder that is there already change nothing on the disk.
+RUN = """
 import itertools, json, os, resource, signal, sys
 from contextlib import suppress
-import tokenizers
-import aquila_pd.tokenization.convert, aquila_pd.checkpoint.sources.packed, aquila_pd.checkpoint.sources.safetensors
 from aquila_pd.checkpoint.command import main
 
 KINDS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+
+def changes(event, arguments):
+    if event == "open":
+        return bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+    return event != "os.mkdir" or not os.path.isdir(arguments[0])
 
 def watch(events, about, kind, path, number, act):
     matching = itertools.count(1)
@@ -60,35 +68,19 @@ def watch(events, about, kind, path, number, act):
         paths = [os.fspath(one) for one in arguments if isinstance(one, (str, os.PathLike))]
         if not any(one.startswith(about) for one in paths):
             return
-        events.append([event, paths[0]])
+        events.append([event, paths[0], changes(event, arguments)])
         if kind in event and any(path in one for one in paths) and next(matching) == number:
             exec(act)
     sys.addaudithook(hook)
 
-def run(request):
-    for stream, descriptor in ((request["log"] + ".out", 1), (request["log"] + ".err", 2)):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    events = []
-    watch(events, *request["watch"])
-    status = main(request["argv"], framework=request["framework"])
-    sys.stdout.flush()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    about = list(events)
-    with open(request["log"] + ".events", "w") as file:
-        json.dump(about, file)
-    os._exit(status)
-
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        try:
-            run(json.loads(line))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stderr.flush()
-            os._exit(70)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+request, events = json.loads(sys.argv[1]), []
+watch(events, *request["watch"])
+status = main(request["argv"], framework=request["framework"])
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+came_through = json.dumps(events)
+with open(request["events"], "w") as file:
+    file.write(came_through)
+sys.exit(status)
 """
 
 
@@ -99,7 +91,7 @@ class Ended:
     status: int
     out: str
     err: str
-    events: list[list[str]]
+    events: list[tuple[str, str, bool]]  # kind, path, whether it changes anything
 
     @property
     def resumed(self) -> int:
@@ -118,19 +110,17 @@ def code(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def laboratory(code) -> Iterator[subprocess.Popen]:
-    environment = {**os.environ, "PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1"}
-    argv = [sys.executable, "-P", "-c", LABORATORY]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as running:
-        yield running
-        running.stdin.close()
+def laboratory(code) -> Iterator[ForkServer]:
+    made = ForkServer(CONVERTER, path=[str(code), str(SUPPORT)])
+    yield made
+    made.close()
 
 
 @dataclass
 class Place:
     """A folder with a source, into which the same command is run again and again."""
 
-    laboratory: subprocess.Popen
+    laboratory: ForkServer
     folder: Path
     logs: Path
     framework: str = "paddle"
@@ -158,14 +148,13 @@ class Place:
     ) -> Ended:
         """Convert in a process of its own; do `act` in it at the number-th event of this kind at this path."""
         argv = ["--input", str(self.source), "--output", str(output or self.output), *SIZE, *options]
-        log = str(self.logs / "log")
+        events = self.logs / "events"
+        events.write_text("[]")
         watch = [str(self.folder.parent), kind, path, number, act]
-        request = {"argv": argv, "framework": self.framework, "log": log, "watch": watch}
-        Path(f"{log}.events").write_text("[]")
-        print(json.dumps(request), file=self.laboratory.stdin, flush=True)
-        status = int(self.laboratory.stdout.readline())
-        texts = [Path(f"{log}.{kind}").read_text() for kind in ("out", "err", "events")]
-        return Ended(status, texts[0], texts[1], json.loads(texts[2]))
+        request = {"argv": argv, "framework": self.framework, "watch": watch, "events": str(events)}
+        done = self.laboratory.run(["-c", RUN, json.dumps(request)])
+        came_through = [tuple(event) for event in json.loads(events.read_text())]
+        return Ended(done.returncode, done.stdout, done.stderr, came_through)
 
     def reference(self, *options: str) -> dict[str, str]:
         """What an uninterrupted run writes: file name -> hash."""
@@ -175,13 +164,6 @@ class Place:
         found = factory.digests(output)
         shutil.rmtree(output)
         return found
-
-    def moments(self, *options: str) -> int:
-        """How many events a whole run comes through."""
-        ended = self.run(*options)
-        assert ended.status == 0, ended.err
-        shutil.rmtree(self.output)
-        return len(ended.events)
 
     def journaled(self) -> list[str]:
         """The shards a journal calls finished, read without the product: in the staging folder, wherever it is now."""
@@ -209,10 +191,44 @@ def place(tmp_path, laboratory) -> Place:
     return made
 
 
-def sweep(moments: int, step: int, check: Callable[[int], None]) -> None:
-    """Run a check for every step-th moment; all failures are told together."""
+def kind_of(event: str, path: str, changes: bool) -> tuple:
+    """What makes two moments alike: the same is done to a file of the same sort. Shards are of one sort, and so are
+    copied files of code."""
+    path = re.sub(r"(aquila_pd_code|replaced-\w+)/.*", r"\1/", path)
+    return event, re.sub(r"\d+", "#", path), changes
+
+
+def moments(run: Ended, each: int, *, reads: bool = False) -> list[int]:
+    """Numbers of the events of a whole run at which to stop another: up to `each` of every kind, the first and the last
+    among them. All of them in a thorough run.
+
+    Events that only read leave out what matters to SIGKILL: until the next change, the disk is as it was.
+    """
+    assert run.status == 0, run.err
+    kinds: dict[tuple, list[int]] = {}
+    for number, event in enumerate(run.events, 1):
+        if reads or event[2] or number == len(run.events):
+            kinds.setdefault(kind_of(*event), []).append(number)
+    if THOROUGH:
+        return list(range(1, len(run.events) + 1))
+    return sorted(number for numbers in kinds.values() for number in spread(numbers, each))
+
+
+def number_of(run: Ended, path: str) -> int:
+    """Of the first event about a path in which that is."""
+    return next(number for number, event in enumerate(run.events, 1) if path in event[1])
+
+
+def spread(numbers: list[int], count: int) -> set[int]:
+    """Up to `count` of the numbers, evenly, the first always and the last if there may be two."""
+    steps = min(count, len(numbers))
+    return {numbers[round(i * (len(numbers) - 1) / max(steps - 1, 1))] for i in range(steps)}
+
+
+def sweep(moments: list[int], check: Callable[[int], None]) -> None:
+    """Run a check at every moment; all failures are told together."""
     failed = []
-    for moment in range(1, moments + 1, step):
+    for moment in moments:
         try:
             check(moment)
         except AssertionError as error:
@@ -248,17 +264,10 @@ def assert_same_command_finishes(place: Place, wanted: dict[str, str], *options:
     assert place.names() == ["out", "source"]
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "step"),
-    [
-        (1, 1, 13),
-        (2, 5, 17),
-        (5, 1, 19),
-        pytest.param(1, 2, 2, marks=pytest.mark.slow),
-        pytest.param(5, 5, 3, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_at_any_moment_the_same_command_finishes_the_same_bytes(place, first, second, step):
+# What SIGKILL leaves is what lies on the disk, so every change is tried with one worker, all five shards. More workers
+# leave other mixtures of finished and half written shards; when the last shard is there, they make no difference.
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 5), (5, 1)])
+def test_killed_at_any_moment_the_same_command_finishes_the_same_bytes(place, first, second):
     wanted, taken = place.reference(), set()
 
     def check(moment: int) -> None:
@@ -270,16 +279,19 @@ def test_killed_at_any_moment_the_same_command_finishes_the_same_bytes(place, fi
         else:
             assert_same_command_finishes(place, wanted, *workers(second))
 
-    sweep(place.moments(*workers(first)), step, check)
+    whole = place.run(*workers(first))
+    upto = len(whole.events) if first == 1 else number_of(whole, "out.partial/.model.safetensors.index")
+    sweep([number for number in moments(whole, SHARDS if first == 1 else 3) if number <= upto], check)
     assert {0, SHARDS} <= taken and len(taken) > 2, "the moments reach from before the first shard to after the last"
 
 
-@pytest.mark.parametrize("step", [12, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_run_that_goes_on_may_be_killed_at_any_moment_too(place, step):
+def test_the_run_that_goes_on_may_be_killed_at_any_moment_too(place):
+    """From its second shard on it does what any run does: one moment of each kind, and the first with a reading one."""
     wanted = place.reference()
     kill_in_second_shard(place)
     shutil.copytree(place.partial, place.logs / "killed")
-    moments = len(place.run().events)
+    whole = place.run()
+    after = number_of(whole, SECOND)
 
     def check(moment: int) -> None:
         place.clear()
@@ -289,7 +301,8 @@ def test_the_run_that_goes_on_may_be_killed_at_any_moment_too(place, step):
             assert place.journaled(), "the first run's shard is lost"
             assert_same_command_finishes(place, wanted, *workers(1))
 
-    sweep(moments, step, check)
+    before = [number for number in moments(whole, 1, reads=True) if number < after]
+    sweep(sorted({*before, *moments(whole, 1)}), check)
 
 
 def test_killed_while_finished_shards_are_hashed_they_are_still_finished(place):
@@ -318,7 +331,7 @@ def test_the_way_back_goes_on_too(back):
         if not back.output.exists():
             assert_same_command_finishes(back, wanted)
 
-    sweep(back.moments(), 17, check)
+    sweep(moments(back.run(), 1), check)
 
 
 @pytest.mark.parametrize("name", [JOURNAL, LOCK])
@@ -332,8 +345,7 @@ def test_killed_right_after_the_last_rename_the_same_command_ends_well(place, na
     assert place.names() == ["out", "source"]
 
 
-@pytest.mark.parametrize("step", [13, pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_of_filling_an_empty_folder_the_same_command_finishes(place, step):
+def test_killed_at_any_moment_of_filling_an_empty_folder_the_same_command_finishes(place):
     wanted = place.reference()
     place.output.mkdir()
 
@@ -348,7 +360,7 @@ def test_killed_at_any_moment_of_filling_an_empty_folder_the_same_command_finish
         assert differing(place.output, wanted) == []
         assert place.names() == ["out", "source"]
 
-    sweep(len(place.run().events), step, check)
+    sweep(moments(place.run(), 2), check)
 
 
 # ------------------------------------------------------------------------------------------------ power failures
@@ -591,38 +603,40 @@ def test_source_lost_in_the_middle_goes_on_when_it_is_back(place, way):
 # ------------------------------------------------------------------------------------------------ Ctrl-C
 
 
-def assert_last_words_are_true(place: Place, message: str, wanted: dict[str, str]) -> None:
-    """What the message says is left behind is what lies there, and nothing else."""
+def assert_last_words_are_true(place: Place, message: str, wanted: dict[str, str]) -> str:
+    """What the message says is left behind is what lies there, and nothing else; returns "complete", "kept" or
+    "nothing"."""
     assert message.count("\n") == 1, message
     if "is complete" in message:
         assert place.names() == ["out", "source"], message
         assert differing(place.output, wanted) == [], message
-    elif "shards are finished and kept" in message:
+        return "complete"
+    if "shards are finished and kept" in message:
         assert place.names() == ["out.partial", "source"], message
         assert f"{len(place.journaled())} of {SHARDS} shards are finished and kept in {place.partial}:" in message
         assert place.journaled(), message
-    else:
-        assert message.endswith(f"Nothing was left behind; {place.output} is as it was before.\n"), message
-        assert place.names() == ["source"], message
+        return "kept"
+    assert message.endswith(f"Nothing was left behind; {place.output} is as it was before.\n"), message
+    assert place.names() == ["source"], message
+    return "nothing"
 
 
-@pytest.mark.parametrize(
-    ("act", "status", "step"),
-    [(INTERRUPT, 130, 13), (TERMINATE, 143, 19), pytest.param(INTERRUPT, 130, 2, marks=pytest.mark.slow)],
-    ids=["SIGINT", "SIGTERM", "every other moment"],
-)
-def test_stopped_at_any_moment_the_last_words_are_true(place, act, status, step):
-    wanted = place.reference()
+# What an interrupted run still does and says depends on what it was doing, reading too: one moment of each kind.
+# SIGTERM takes the same way to another exit status: changes alone.
+@pytest.mark.parametrize(("act", "status"), [(INTERRUPT, 130), (TERMINATE, 143)], ids=["SIGINT", "SIGTERM"])
+def test_stopped_at_any_moment_the_last_words_are_true(place, act, status):
+    wanted, left = place.reference(), set()
 
     def check(moment: int) -> None:
         place.clear()
         ended = place.run(*workers(1), act=act, number=moment)
         assert ended.status == status, ended.err
-        assert_last_words_are_true(place, ended.err, wanted)
+        left.add(assert_last_words_are_true(place, ended.err, wanted))
         if not place.output.exists():
             assert_same_command_finishes(place, wanted)
 
-    sweep(place.moments(*workers(1)), step, check)
+    sweep(moments(place.run(*workers(1)), 1, reads=act == INTERRUPT), check)
+    assert left == {"nothing", "kept", "complete"}, "the moments reach from before the first shard to the end"
 
 
 def test_ctrl_c_right_after_the_last_rename_is_told_as_it_is(place):
@@ -814,8 +828,7 @@ def test_time_path_and_workers_leave_no_trace(place, tmp_path):
 # ------------------------------------------------------------------------------------------------ --overwrite
 
 
-@pytest.mark.parametrize("step", [17, pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_overwrite_never_costs_the_earlier_output(place, step):
+def test_killed_overwrite_never_costs_the_earlier_output(place):
     new, options = place.reference("--dtype", "float16"), ("--overwrite", "--dtype", "float16")
     assert place.run().status == 0
     old = factory.digests(place.output)
@@ -830,7 +843,7 @@ def test_killed_overwrite_never_costs_the_earlier_output(place, step):
         assert found == old or aside or new.items() <= found.items(), "both outputs are lost"
         assert_same_command_finishes(place, new, *options)
 
-    sweep(len(place.run(*options).events), step, check)
+    sweep(moments(place.run(*options), 2), check)
 
 
 def test_interrupted_overwrite_keeps_the_earlier_output_until_the_new_one_is_complete(place):

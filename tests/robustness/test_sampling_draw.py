@@ -49,7 +49,7 @@ def test_bias_is_added_and_may_decide():
     assert sampler.choose(logits, sequence_of(SamplingParams(temperature=0))) == 1
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32),
     repetition=st.floats(0.2, 3.0),
@@ -211,7 +211,7 @@ def test_the_ends_of_the_unit_interval_fall_on_the_first_and_the_last_weight():
             assert sampler.draw(weights, ALMOST_ONE) == last
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32),
     V=st.integers(1, 1500),

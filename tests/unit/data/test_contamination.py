@@ -241,11 +241,11 @@ def test_control_without_benchmarks_nothing_is_reported(contaminated):
 
 @pytest.fixture(scope="module")
 def real() -> Benchmarks:
-    from paths import SHARED
+    from paths import BENCHMARKS, SHARED
 
     if not SHARED.is_dir():
         pytest.skip(f"no folder of shared data at {SHARED}: this test did not run")
-    return Benchmarks([f"{SHARED}/eval/*"])
+    return Benchmarks(list(BENCHMARKS))
 
 
 def test_every_question_of_gsm8k_is_found_in_a_longer_prompt(shared, real):

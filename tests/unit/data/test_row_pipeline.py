@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import BENCHMARKS
 from sft_rows_factory import chat, run, said, spec_of, write_lines
 
 from aquila_pd.data.counters import Counters, Rule
@@ -322,7 +323,7 @@ def test_real_rows_are_all_there(shared):
             train=(Source((f"{shared}/data/*.jsonl",)),),
             held_out=0.05,
             deduplicate="near",
-            contamination=(f"{shared}/eval/*",),
+            contamination=BENCHMARKS,
         )
     )
     assert len(rows) == 773 and counters.dropped == 0 and balanced(counters)

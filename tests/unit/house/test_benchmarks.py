@@ -1,11 +1,11 @@
 """The benchmarks' arithmetic, and that a side which fails, or computes something else, is told and not averaged."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from benchmarks_factory import run_part
 from paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))  # last: none of its names hides another
@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # last: none of its names hides anoth
 import bench
 import operations
 from chart import draw_ratios
-from parts import LAST, NLP, OURS, PARTS, RATIOS, SMOKE, TORCH, Case, Part, Script, loads, sides, starts, tokenizing
+from parts import NLP, OURS, PARTS, RATIOS, SMOKE, TORCH, Case, Part, loads, sides, starts, tokenizing
 from ratios import HIGH, LOW, MET, MET_MEDIAN, MISSED, MISSED_MEDIAN, Of, Ratio, bars_table, spread, summary, verdict
 from smoke import compared
 from workers import SideFailed
@@ -161,15 +161,6 @@ def fake(monkeypatch):
     return answers
 
 
-def run_part(path: Path, part: Part | Script = PART) -> bench.Results:
-    args = argparse.Namespace(rounds=2, threads=1, dtype="float32", vocab=None, model=None)
-    facts = {"date": "2026-01-01", "machine": "m, load average 0.0", "versions": {"aquila_pd": "0"}}
-    results = bench.Results({**facts, **vars(args), "MKL_DEBUG_CPU_TYPE": "5"}, path)
-    runner = bench.Runner(results, args, path.parent)
-    (runner.part if isinstance(part, Part) else runner.script)(part)
-    return results
-
-
 def answer(seconds: float, tokens: int = 7):
     return lambda request: {"seconds": seconds, "cpu": seconds, "peak_mb": 1.0, "tokens": [[tokens]]}
 
@@ -179,7 +170,7 @@ def test_a_side_that_fails_is_told_and_the_others_go_on(fake, tmp_path, capsys):
         raise SideFailed("out of memory")
 
     fake.update({"aquila_pd": answer(1.0), "transformers": fails})
-    results = run_part(tmp_path / "bench.json")
+    results = run_part(tmp_path / "bench.json", PART)
     assert results.errors == {"case, transformers": "out of memory", "case, PaddleNLP": "does not start"}
     assert [found["seconds"] for found in results.measured["case"][OURS]] == [1.0, 1.0]  # the first round warms up
     assert results.measured["case"][TORCH] == [None, None]
@@ -191,7 +182,7 @@ def test_a_side_that_fails_is_told_and_the_others_go_on(fake, tmp_path, capsys):
 
 def test_a_side_that_computes_something_else_is_no_comparison(fake, tmp_path):
     fake.update({"aquila_pd": answer(1.0), "transformers": answer(2.0), "PaddleNLP": answer(2.0, tokens=8)})
-    assert list(run_part(tmp_path / "bench.json").errors) == ["case, PaddleNLP"]
+    assert list(run_part(tmp_path / "bench.json", PART).errors) == ["case, PaddleNLP"]
 
 
 def test_a_command_that_fails_is_told_and_what_it_wrote_is_kept(monkeypatch, tmp_path):
@@ -222,7 +213,7 @@ def test_an_interrupted_run_keeps_what_was_measured(fake, tmp_path):
 
     fake.update({"aquila_pd": interrupted, "transformers": answer(2.0), "PaddleNLP": answer(2.0)})
     with pytest.raises(KeyboardInterrupt):
-        run_part(tmp_path / "bench.json")
+        run_part(tmp_path / "bench.json", PART)
     kept = json.loads((tmp_path / "bench.json").read_text())["measured"]["case"]
     assert {side: len(found) for side, found in kept.items()} == {OURS: 1, TORCH: 1, NLP: 1}
 
@@ -245,24 +236,6 @@ def test_the_chart_shows_every_ratio(tmp_path):
     draw_ratios({**content, "ratios": rows}, tmp_path / "chart.svg")
     drawn = (tmp_path / "chart.svg").read_text()
     assert "ours / theirs" in drawn and "told" in drawn and "MKL_DEBUG_CPU_TYPE=not set" in drawn
-
-
-@pytest.mark.slow
-def test_a_tiny_model_is_measured_end_to_end(tmp_path):
-    cases = (
-        Case("prefill", {"do": "prefill", "length": 24}),
-        Case("decode", {"do": "decode", "batch": 2, "length": 16, "new": 4}),
-        Case("wrong", {"do": "prefill", "length": 0}),
-        Case("decode, again", {"do": "decode", "batch": 2, "length": 16, "new": 4}),
-    )
-    part = Part("part", "", "tiny", sides(OURS, LAST), cases, LAST)
-    results = run_part(tmp_path / "bench.json", part)
-    for case in ("prefill", "decode", "decode, again"):
-        ours, theirs = (results.measured[case][side][0] for side in (OURS, LAST))
-        assert ours["tokens"] == theirs["tokens"]
-        assert all(found[figure] > 0 for found in (ours, theirs) for figure in ("seconds", "cpu", "peak_mb"))
-    assert "prefill_chunk is 0" in results.errors[f"wrong, {OURS}"]  # and the process went on to the next case
-    assert set(results.errors) <= {f"wrong, {side}" for side in (OURS, LAST)}
 
 
 # ------------------------------------------------------------------------------------------------ single commands

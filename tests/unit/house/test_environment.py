@@ -1,6 +1,5 @@
 """The processor's choice, the table of versions, doctor and the commands, with invented machines and installations."""
 
-import json
 import os
 import re
 import runpy
@@ -330,17 +329,6 @@ def test_an_import_that_raises_anything_is_reported_on_one_line(tmp_path, monkey
     assert doctor.try_import("json").startswith("yes")
 
 
-@pytest.mark.slow
-def test_doctor_here_is_sound_and_its_json_is_json():
-    command = [sys.executable, "-m", "aquila_pd.cli", "doctor", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["sound"], done.stdout + done.stderr
-    assert {one["operation"] for one in found["fusions"]} >= {"rms_norm", "rope", "swiglu", "attention"}
-    assert all(one["reason"] for one in found["fusions"])
-    assert "GFLOP/s" in " ".join(found["machine"])
-
-
 # ------------------------------------------------------------------------------------- commands and the harness
 
 
@@ -383,4 +371,4 @@ def test_the_tests_cannot_reach_another_machine():
 def test_ci_runs_the_whole_suite():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
-    assert script.read_text().rstrip().endswith("exec make test")
+    assert script.read_text().rstrip().endswith("\nexec make test PYTEST_ARGS=--durations=40")
