@@ -7,9 +7,9 @@ DEMO := $(VENV)/.demo
 NODE := $(VENV)/.node
 OPENAI_NPM := 7.57.0
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
-# Two processes, each with whole files of tests; JOBS=0 runs them in one, in order.
+# Two processes, each with whole files of tests, slowest first (tests/support/seconds.py); JOBS=0 runs them in one.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 VOCAB ?= ../shared/tokenizer
 BENCH_ARGS ?=
@@ -19,7 +19,7 @@ BENCH_ARGS ?=
 help:
 	@echo "make demo         convert, verify and run a real trained model"
 	@echo "make test         the whole test suite"
-	@echo "make check        lint, format check and the quick tests"
+	@echo "make check        lint, format check, unit tests and parity tests"
 	@echo "make format       rewrite the code in the project's layout"
 	@echo "make bench        speed and memory beside PaddleNLP and transformers: 30 to 60 minutes"
 	@echo "make bench-smoke  a few of these ratios beside the recorded ones: four minutes"

@@ -1,4 +1,4 @@
-"""What every test stands on: shared data, a fixed environment, fixed seeds, and no network."""
+"""What every test stands on: shared data, a fixed environment, fixed seeds, no network; and the order of files."""
 
 import os
 import random
@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parent
 for folder in (TESTS / "support", TESTS, TESTS.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from paths import SHARED  # noqa: E402  which the lines above make importable
+import seconds  # noqa: E402  which the lines above make importable, as the next
+from effort import THOROUGH  # noqa: E402
+from paths import SHARED  # noqa: E402
 
 SEED = 20231121
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -45,10 +48,27 @@ from aquila_pd.runtime.mkl import prefer_fast_kernels  # noqa: E402  the environ
 prefer_fast_kernels()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# The same tries every time, on a machine of any speed; a test says only how many it wants.
+settings.register_profile("quick", derandomize=True, database=None, deadline=None)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=1000)
+settings.load_profile("thorough" if THOROUGH else "quick")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-seconds", action="store_true", help=f"write {seconds.FILE.name}, the order of files")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("record_seconds") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(seconds.Recorder())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(TESTS).parts[0] in SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):
+        seconds.sort_slowest_first(items)
 
 
 @pytest.fixture
