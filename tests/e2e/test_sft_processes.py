@@ -1,12 +1,18 @@
-"""Several processes on this machine (gloo): the same curve as one, and resumed after SIGKILL to the last digit."""
+"""Several processes on this machine (gloo): the same curve as one, and resumed after SIGKILL to the last digit.
+
+Ranks are forks of a process that has loaded paddle; those of the last two tests are started as the command starts them.
+"""
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fork_server import Forked, warm
 from paths import SUPPORT
 from sft_factory import random_samples, stage
 from sft_factory import run as run_here
@@ -20,13 +26,21 @@ RANK = SUPPORT / "sft_rank.py"
 ROUNDING = 5e-6  # float32 sums in another order; losses near 4.6
 
 
+def warm_rank(command: list[str], *, env, stdout, stderr, start_new_session: bool, **unused) -> Forked:
+    """A rank as launch starts it, forked from a warm process. Unused: its parent's death, the run folder's lock."""
+    errors = stdout if stderr == subprocess.STDOUT else stderr
+    return warm().start(command[1:], env=env, stdout=stdout, stderr=errors, start_new_session=start_new_session)
+
+
 def run_two(folder: Path, *, status: int = 0, processes: int = 2, **settings) -> dict | None:
     """Run ranks over a folder; what rank 0 wrote down, None when it was killed."""
     random_samples(folder.parent / "samples")
     output = folder.parent / f"{folder.name}.json"
     output.unlink(missing_ok=True)
     command = [sys.executable, str(RANK), str(folder), str(output), json.dumps(settings)]
-    found = run_together(command, processes, on_gpus=False, logs=folder.parent / "logs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "subprocess", SimpleNamespace(Popen=warm_rank, STDOUT=subprocess.STDOUT))
+        found = run_together(command, processes, on_gpus=False, logs=folder.parent / "logs")
     logs = "\n".join(path.read_text(errors="replace") for path in (folder.parent / "logs").iterdir())
     assert found == status, logs
     return json.loads(output.read_text()) if output.exists() else None

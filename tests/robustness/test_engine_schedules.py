@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from effort import tries
 from generation_reference import (
     CLOSE,
-    KINDS,
     MARGIN,
     Ear,
     Reference,
@@ -90,13 +90,13 @@ class World:
         """Tokens and log-probabilities of a sequence if it were alone."""
         prompt, params = sequence.prompt, sequence.params
         if params.temperature == 0:
-            tokens = self._alone(prompt, greedy(LONGEST_ANSWER))[0][: params.max_new_tokens]
+            tokens = self._alone(prompt, greedy(LONGEST_ANSWER))[0]
         else:
             tokens = self._alone(prompt, params)[sequence.index]
         key = (*prompt, *tokens, "logprobs", len(prompt))
         if key not in self.alone:
             self.alone[key] = self.reference.token_logprobs(prompt, tokens)
-        return tokens, self.alone[key]
+        return tokens[: params.max_new_tokens], self.alone[key][: params.max_new_tokens]
 
     def score(self, prompt: list[int]) -> np.ndarray:
         """Log-probabilities of a prompt's tokens but the first."""
@@ -117,12 +117,12 @@ SAMPLED = (
 
 def some_params(rng: np.random.Generator) -> SamplingParams:
     fields = dict(max_new_tokens=int(rng.integers(1, LONGEST_ANSWER + 1)), logprobs=0, n=int(rng.choice([1, 1, 1, 3])))
-    if rng.random() < 0.2:
-        fields["prompt_logprobs"] = True
     if rng.random() < 0.6:
-        return SamplingParams(temperature=0, **fields)
-    # few different ones, for what each gives alone has to be computed as well
-    return SamplingParams(seed=int(rng.integers(3)), **{**fields, "n": 2, "max_new_tokens": 8}, **rng.choice(SAMPLED))
+        return SamplingParams(temperature=0, prompt_logprobs=bool(rng.random() < 0.2), **fields)
+    # five different ones, each with its seed, for what each gives alone has to be computed as well
+    which = int(rng.integers(len(SAMPLED)))
+    fields |= dict(n=2, max_new_tokens=8, prompt_logprobs=which == 0)
+    return SamplingParams(seed=which, **fields, **SAMPLED[which])
 
 
 @dataclass
@@ -216,29 +216,29 @@ def play_many(world: World, count: int, requests: int, seed: int) -> dict[str, i
     return seen
 
 
-@pytest.mark.parametrize(
-    ("kind", "fused"),
-    [("grouped heads", True), *((kind, False) for kind in KINDS)],
-)
+# How many schedules: in every run, and in a thorough one. What goes wrong in one mix in three is noticed here with
+# eight of them nearly always; mixes as rare as one in fifty want the many.
+MIXES = {
+    ("grouped heads", True): (5, 20),
+    ("grouped heads", False): (12, 125),
+    ("one head for all", False): (5, 20),
+    ("tied", False): (8, 55),
+    ("linear", False): (6, 55),
+    ("dynamic", False): (6, 55),
+}
+
+
+@pytest.mark.parametrize(("kind", "fused"), MIXES)
 def test_answers_in_any_mix_are_the_answers_alone(kind, fused):
-    seen = play_many(World.of(kind, fused=fused), count=5, requests=10, seed=1)
-    assert min(seen.values()) > 2, f"these schedules try too little: {seen}"
+    count = tries(*MIXES[kind, fused])
+    seen = play_many(World.of(kind, fused=fused), count=count, requests=12, seed=1)
+    assert min(seen.values()) > max(2, count // 4), f"these schedules try too little: {seen}"
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(120, marks=pytest.mark.slow)])
-def test_damaged_prompts_in_any_mix_leave_the_others_their_answers(count):
+def test_damaged_prompts_in_any_mix_leave_the_others_their_answers():
+    count = tries(8, 125)
     seen = play_many(World.damaged(), count=count, requests=14, seed=4)
     assert seen["error"] > count and min(seen.values()) > 2, f"these schedules try too little: {seen}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "count"),
-    [("grouped heads", 120), ("linear", 50), ("dynamic", 50), ("tied", 50)],
-)
-def test_answers_in_hundreds_of_mixes_are_the_answers_alone(kind, count):
-    seen = play_many(World.of(kind), count=count, requests=15, seed=2)
-    assert min(seen.values()) > count // 4, f"these schedules try too little: {seen}"
 
 
 def test_control_a_prefix_copied_one_token_short_is_noticed(monkeypatch):
