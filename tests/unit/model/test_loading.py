@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
@@ -65,19 +63,6 @@ def test_auto_classes_load_a_saved_folder(saved, tokens):
     base = AutoModel.from_pretrained(str(folder))
     assert type(base) is AquilaModel
     assert_close(base(tokens)[0], model.aquila(tokens)[0], SAME)
-
-
-@pytest.mark.slow
-def test_registration_works_in_either_import_order(folder):
-    for first, second in (("aquila_pd", "paddlenlp.transformers"), ("paddlenlp.transformers", "aquila_pd")):
-        code = (
-            f"import {first}, {second}\n"
-            "from paddlenlp.transformers import AutoConfig, AutoModelForCausalLM\n"
-            f"print(type(AutoConfig.from_pretrained({str(folder)!r})).__name__,"
-            f" type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__module__)"
-        )
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert run.stdout.split()[-2:] == ["AquilaConfig", "aquila_pd.modeling"], run.stderr
 
 
 def test_sequence_classification_gets_a_new_head_and_says_so(folder, tokens, caplog):
