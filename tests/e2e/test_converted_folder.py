@@ -154,7 +154,7 @@ def test_registration_works_in_either_import_order(converted, first):
     assert done.stdout.split()[-2:] == ["AquilaConfig", "aquila_pd.modeling"], done.stderr
 
 
-@pytest.mark.parametrize("module", ["configuration", "tokenizer", "modeling", "pretrained", "fusion_ops"])
+@pytest.mark.parametrize("module", ["configuration", "tokenizer", "modeling", "model.pretrained", "fusion_ops"])
 def test_any_module_may_be_imported_first(module):
     """A fork of a process that has loaded PaddleNLP and nothing of ours; the test above begins with an empty one."""
     code = f"import aquila_pd.{module}; from aquila_pd import AquilaForCausalLM, AquilaTokenizer; print('fine')"
