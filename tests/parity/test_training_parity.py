@@ -1,4 +1,4 @@
-"""Steps on real rows beside torch, twenty of all weights: the same packs, transformers' LLaMA, torch's AdamW, peft's LoRA."""
+"""Steps on real rows beside torch: the same packs, transformers' LLaMA, torch's AdamW, peft's LoRA."""
 
 import json
 

@@ -1,17 +1,17 @@
-"""Ten times the rows cost no more memory, but for what finding duplicates says it costs. Measured in processes of
-their own, at their peak."""
+"""Ten times the rows cost no more memory, but for what finding duplicates says it costs. Measured at the peak of
+processes of their own, forked from a warm one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from effort import tries
+from fork_server import warm
 from paths import ROOT
 from sft_rows_factory import chat
 
-FEW, MANY = 8_000, 80_000
-NOISE = 12_000_000  # bytes by which peaks differ all the same: buffers of libraries that fill once
+FEW, MANY = tries(4_000, 8_000), tries(40_000, 80_000)
+NOISE = tries(8_000_000, 12_000_000)  # bytes by which peaks differ all the same: buffers of libraries that fill once
 
 RUN = """
 import sys
@@ -51,16 +51,13 @@ def write(file: Path, count: int) -> Path:
 
 def peak(file: Path, deduplicate: str, rows: int, *, keep: str = "") -> int:
     """Bytes of a process at its peak."""
-    root = ROOT
-    command = [sys.executable, "-c", RUN, str(file), deduplicate, keep]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    done = warm().run(["-c", RUN, file, deduplicate, keep], cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     found, nbytes = map(int, done.stdout.split())
     assert found == rows
     return nbytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "deduplicate", "each"),
     [
@@ -76,7 +73,6 @@ def test_ten_times_the_rows_cost_no_more(tmp_path, name, deduplicate, each):
     assert many - few <= each * (MANY - FEW) + NOISE
 
 
-@pytest.mark.slow
 def test_control_rows_that_are_held_are_noticed(tmp_path):
     few, many = (write(tmp_path / f"{count}.jsonl", count) for count in (FEW, MANY))
     assert peak(many, "none", MANY, keep="keep") - peak(few, "none", FEW, keep="keep") > 3 * NOISE
