@@ -1,5 +1,6 @@
 """A converted folder in use: the published usage text inside it without aquila_pd, and PaddleNLP's Auto classes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_factory import digests
-from converted_folder import WITHOUT_THE_PACKAGE, run
+from converted_folder import WITHOUT_THE_PACKAGE, base_library, run, run_in_new_process
+from paths import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from twins import torch_model
 
@@ -69,12 +71,11 @@ def expected_text(reference, tokenizer: Tokenizer, new: int) -> str:
 
 def test_the_published_usage_text_runs_without_the_package(converted):
     folder, reference, tokenizer = converted
-    printed = run(WITHOUT_THE_PACKAGE + USAGE, folder).strip().splitlines()[-1]
+    printed = run_in_new_process(WITHOUT_THE_PACKAGE + USAGE, folder).strip().splitlines()[-1]
     text = expected_text(reference, tokenizer, 128)
     assert len(text) > 5 and printed == str([text])
 
 
-@pytest.mark.slow
 def test_the_bundled_modules_serve_the_auto_classes_too(converted):
     folder, _, _ = converted
     code = """
@@ -87,7 +88,6 @@ print(type(model).__module__, type(tokenizer).__module__)
     assert found == ["aquila_pd_code.modeling", "aquila_pd_code.tokenizer"]
 
 
-@pytest.mark.slow
 def test_bundled_modules_and_the_package_live_in_one_process(converted):
     """Whichever came first serves the Auto classes, and each loads with a config of the other."""
     folder, _, _ = converted
@@ -134,9 +134,29 @@ def test_loading_and_saving_again_gives_the_same_bytes(converted, tmp_path):
     assert digests(tmp_path)["model.safetensors"] == digests(folder)["model.safetensors"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["configuration", "tokenizer", "modeling", "pretrained", "fusion_ops"])
+AUTO_CLASSES = """
+from paddlenlp.transformers import AutoConfig, AutoModelForCausalLM
+found = AutoConfig.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+print(type(found[0]).__name__, type(found[1]).__module__)
+"""
+WITH_THE_PACKAGE = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("first", ["aquila_pd", "paddlenlp"])
+def test_registration_works_in_either_import_order(converted, first):
+    """A new process that imports aquila_pd, and one that has loaded PaddleNLP long before."""
+    words = ["-c", f"import aquila_pd{AUTO_CLASSES}"]
+    if first == "aquila_pd":
+        command, options = [sys.executable, *words], dict(capture_output=True, text=True)
+        done = subprocess.run(command, cwd=converted[0], env=WITH_THE_PACKAGE, **options)
+    else:
+        done = base_library().run(words, cwd=converted[0], env=WITH_THE_PACKAGE)
+    assert done.stdout.split()[-2:] == ["AquilaConfig", "aquila_pd.modeling"], done.stderr
+
+
+@pytest.mark.parametrize("module", ["configuration", "tokenizer", "modeling", "model.pretrained", "fusion_ops"])
 def test_any_module_may_be_imported_first(module):
+    """A fork of a process that has loaded PaddleNLP and nothing of ours; the test above begins with an empty one."""
     code = f"import aquila_pd.{module}; from aquila_pd import AquilaForCausalLM, AquilaTokenizer; print('fine')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = base_library().run(["-c", code], env=WITH_THE_PACKAGE)
     assert done.stdout.endswith("fine\n"), done.stderr

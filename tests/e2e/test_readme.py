@@ -1,30 +1,33 @@
-"""The README tells the truth: its commands and its Python run, on a tiny folder under the name it uses."""
+"""The README tells the truth: its commands and its Python run, on a tiny folder under the name it uses.
 
+They run in forks of a process that has loaded PaddleNLP; that a fresh one can is for test_converted_folder.py and the
+tests of the commands.
+"""
+
+import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 from chat_factory import tiny_torch_folder
+from fork_server import warm
 from paths import ROOT
 from recipes_factory import example_rows, small_recipes
-
-pytestmark = pytest.mark.slow  # each command and each piece of Python is a process that loads PaddleNLP
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = "AquilaChat2-34B"
 # Commands that this test is part of, that the demo's test runs, or that the test of the client's snippet runs.
 RUN_ELSEWHERE = {
-    "make demo": "tests/test_demo.py",
+    "make demo": "tests/e2e/test_demo.py",
     "make test": ".ci/run",
-    "python examples/sft_walk.py": "tests/test_sft_walk.py",
-    f"aquila-pd serve {MODEL}-PD --port 8000": "tests/test_readme.py",
+    "python examples/sft_walk.py": "tests/e2e/test_sft_walk.py",
+    f"aquila-pd serve {MODEL}-PD --port 8000": "tests/e2e/test_readme.py",
 }
+PROGRAMS = {"python": [], "aquila-pd": ["-m", "aquila_pd.cli"]}
 
 
 def blocks(language: str) -> list[str]:
@@ -43,13 +46,9 @@ def workplace(tmp_path_factory):
         words = shlex.split(line)
         if not line or line in RUN_ELSEWHERE:
             continue
-        if words[0] == "python":
-            words[0] = sys.executable
-        elif words[0] == "aquila-pd":
-            words[:1] = [sys.executable, "-m", "aquila_pd.cli"]
-        else:
+        if words[0] not in PROGRAMS:
             pytest.fail(f"README has a command no test runs: {line}")
-        done = subprocess.run(words, cwd=work, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = warm().run([*PROGRAMS[words[0]], *words[1:]], cwd=work)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return work
 
@@ -65,15 +64,18 @@ def test_every_command_of_the_readme_runs(workplace):
 def served(workplace: Path) -> Iterator[str]:
     """The README's server, on a free port: the address it says it has."""
     (line,) = (line for line in RUN_ELSEWHERE if line.startswith("aquila-pd serve"))
-    words = [sys.executable, "-m", "aquila_pd.cli", *shlex.split(line.replace("8000", "0"))[1:]]
-    process = subprocess.Popen(words, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        said = next((line for line in process.stdout if "http://" in line), None)
-        assert said, "the server has ended before it was ready"
-        yield re.search(r"http://\S+", said)[0]
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0
+    words = [*PROGRAMS["aquila-pd"], *shlex.split(line.replace("8000", "0"))[1:]]
+    reading, writing = os.pipe()
+    process = warm().start(words, cwd=workplace, stdout=writing, stderr=writing)
+    os.close(writing)
+    with open(reading) as output:
+        try:
+            said = next((line for line in output if "http://" in line), None)
+            assert said, "the server has ended before it was ready"
+            yield re.search(r"http://\S+", said)[0]
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
 
 
 PYTHON = blocks("python")
@@ -85,7 +87,7 @@ def test_the_python_of_the_readme_runs(workplace, number):
     folder = workplace if MODEL in code else workplace / f"{MODEL}-PD"
     with served(workplace) if "OpenAI(" in code else nullcontext("http://127.0.0.1:8000") as address:
         code = code.replace("http://127.0.0.1:8000", address)
-        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        done = warm().run(["-c", code], cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() or "print" not in code
 
@@ -102,8 +104,6 @@ def test_links_lead_somewhere():
 
 
 def test_every_option_of_the_converter_is_explained():
-    text = subprocess.run(
-        [sys.executable, str(ROOT / "convert" / "torch2paddle.py"), "--help"], capture_output=True, text=True
-    ).stdout
+    text = warm().run([ROOT / "convert" / "torch2paddle.py", "--help"]).stdout
     options = set(re.findall(r"--[a-z][a-z-]+", text)) - {"--help"}
     assert options == set(re.findall(r"--[a-z][a-z-]+", README)) & options, "an option is missing in the README"

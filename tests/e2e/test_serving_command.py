@@ -132,7 +132,6 @@ class Stream(threading.Thread):
         return json.loads(self.lines[-2].removeprefix("data: "))
 
 
-@pytest.mark.slow
 def test_sigterm_in_the_middle_of_streams_ends_them_properly(folder):
     with Command(folder, "--shutdown-grace", "600") as server:
         assert server.line.startswith("Serving my-model at http://127.0.0.1:")
@@ -146,7 +145,6 @@ def test_sigterm_in_the_middle_of_streams_ends_them_properly(folder):
     assert "Traceback" not in err and "Stopping" in err
 
 
-@pytest.mark.slow
 def test_a_second_signal_does_not_wait_and_nobody_has_to_read_the_log(folder):
     with Command(folder, "--shutdown-grace", "600") as server:
         server.process.stderr.close()
@@ -159,7 +157,6 @@ def test_a_second_signal_does_not_wait_and_nobody_has_to_read_the_log(folder):
         assert server.process.wait(PATIENCE) == 0
 
 
-@pytest.mark.slow
 @needs_dev_full
 def test_a_log_on_a_full_disk_and_a_key_from_the_environment(folder):
     with Command(folder, "--log-file", "/dev/full", "--name", "served", AQUILA_PD_API_KEY="k-1") as server:

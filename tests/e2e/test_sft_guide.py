@@ -4,12 +4,12 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from chat_factory import tiny_torch_folder
+from fork_server import warm
 from paths import ROOT
 from recipes_factory import example_rows, small_recipes
 
@@ -169,13 +169,11 @@ def workplace(tmp_path_factory) -> Path:
     here = [line for line in "".join(blocks("bash")).splitlines() if line.startswith("aquila-pd")]
     commands = [line for line in here if not line.startswith(SERVED)]
     assert len(commands) > 10 and len(here) == len(commands) + 1
-    stdin = "\n".join(commands)
-    done = subprocess.run([sys.executable, "-c", ALL_OF_THEM], cwd=work, input=stdin, capture_output=True, text=True)
+    done = warm().run(["-c", ALL_OF_THEM], cwd=work, input="\n".join(commands))
     assert done.returncode == 0, done.stdout + done.stderr
     return work
 
 
-@pytest.mark.slow
 def test_every_command_of_the_guide_runs(workplace):
     for made in ("lengths.png", f"{MODEL}-tuned-HF/model.safetensors", "adapter-for-peft/adapter_model.safetensors"):
         assert (workplace / made).is_file(), made
@@ -183,7 +181,6 @@ def test_every_command_of_the_guide_runs(workplace):
     assert adapter["base_model_name_or_path"] == "BAAI/Aquila2-34B"
 
 
-@pytest.mark.slow
 def test_the_run_folder_looks_as_it_is_drawn(workplace):
     (drawn,) = (block for block in blocks("text") if block.startswith("RUN/"))
     run = workplace / "runs" / "aquila2-34b-qlora"
@@ -194,31 +191,31 @@ def test_the_run_folder_looks_as_it_is_drawn(workplace):
     assert missing == ["ranks/"], "of one process alone"
 
 
-@pytest.mark.slow
 def test_paddles_own_launcher_trains_on_two_machines_as_one_process_does(workplace):
-    """Two launchers on this machine, one process each: the guide's command but for the address and the GPUs."""
+    """Two launchers on this machine, one process each: the guide's command but for the address and the GPUs.
+
+    The launchers are forks of a warm process; what they start are new ones, from the installed script.
+    """
     (line,) = (line for line in "".join(blocks("bash")).splitlines() if "paddle.distributed.launch" in line)
     alone, both = workplace / "runs" / "aquila2-34b-qlora", workplace / "runs" / "two"
     recipe = ["recipes/aquila2_34b_qlora.yaml", f"output={both}"]
-    cli = [sys.executable, "-m", "aquila_pd.cli"]
-    subprocess.run([*cli, "sft", *recipe, "--prepare"], cwd=workplace, check=True, capture_output=True)
+    prepared = warm().run(["-m", "aquila_pd.cli", "sft", *recipe, "--prepare"], cwd=workplace)
+    assert prepared.returncode == 0, prepared.stderr
     from aquila_pd.sft.run.launch import _free_ports
 
     line = line.replace("10.0.0.1:8090", f"127.0.0.1:{_free_ports(1)[0]}").replace("runs/aquila2-34b-qlora", str(both))
     script = Path(sys.executable).with_name("aquila-pd")
     words = shlex.split(line.replace('"$(command -v aquila-pd)"', shlex.quote(str(script))))
     assert words[0] == "python" and "--nnodes" in words and script.is_file()
-    words[0] = sys.executable
+    words = words[1:]
     words[words.index("--nnodes") : words.index("--nnodes")] = ["--nproc_per_node", "1"]
     # an empty list of GPUs, which tests have, is taken for GPUs by the launcher
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     machines = []
     for number in range(2):
         words[words.index("--log_dir") + 1] = str(workplace / f"logs-{number}")
-        output = (workplace / f"machine-{number}.txt").open("w")
-        started = subprocess.Popen(words, cwd=workplace, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        machines.append(started)
-        output.close()
+        with (workplace / f"machine-{number}.txt").open("w") as output:
+            machines.append(warm().start(words, cwd=workplace, env=environment, stdout=output, stderr=output))
     try:
         statuses = [machine.wait(300) for machine in machines]
     finally:

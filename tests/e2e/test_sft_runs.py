@@ -1,22 +1,24 @@
 """Runs of `aquila-pd sft` that are killed anywhere, in one process and in two, and are the same run in the end.
 
-Each attempt is a process of its own, forked from one that has loaded paddle, so that it costs a second and not ten.
-Where it is killed is counted in events: the n-th file or folder that it makes, opens to write, renames or removes.
+Each attempt is a process of its own, forked from one that has loaded paddle, so that it costs a second and not ten;
+so is a command that starts two ranks, and its ranks are forked from it. Where an attempt is killed is counted in
+events: the n-th file or folder that it makes, opens to write, renames or removes.
 """
 
-import multiprocessing
 import os
 import random
 import re
 import signal
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from chat_factory import tiny_chat_folder
-from paths import IMPORTED
+from effort import tries
+from fork_server import Forked, warm
+from paths import SUPPORT
 from sft_command_factory import (
     call,
     curve,
@@ -39,16 +41,6 @@ from sft_command_factory import (
 )
 
 pytestmark = pytest.mark.slow
-COMMAND = [sys.executable, "-m", "aquila_pd.cli", "sft"]
-PRELOADED = [
-    "conftest",
-    "aquila_pd",
-    "paddle",
-    "paddlenlp.trainer",
-    "aquila_pd.sft.command",
-    "aquila_pd.sft.run.stages",
-]
-EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 ROUNDING = 1e-5  # float32 sums in another order; losses near 6
 LORA = {"r": 4, "alpha": 16, "dropout": 0.1, "targets": ["q_proj", "v_proj", "down_proj"]}
 
@@ -76,51 +68,21 @@ def two_stages(place: Path, file: Path, one: dict, two: dict, **more) -> Path:
 # ------------------------------------------------------------------------------------------- attempts, and their ends
 
 
-def _attempt(arguments: list[str], run: str, kill_at: int | None, path: str, log: str) -> None:
-    """In a process of its own: the command, its output in a file, killed at an event of its run folder."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    me, seen = os.getpid(), 0
-
-    def count(event: str, values: tuple) -> None:
-        nonlocal seen
-        if event not in EVENTS or os.getpid() != me or not str(values[0]).startswith(run):
-            return
-        if event == "open" and not (isinstance(values[2], int) and values[2] & (os.O_WRONLY | os.O_RDWR)):
-            return
-        seen += bool(re.search(path, str(values[0])))
-        if seen == kill_at:
-            os.kill(me, signal.SIGKILL)
-
-    sys.addaudithook(count)
-    from aquila_pd import cli
-
-    status = cli.main(["sft", *arguments, "--threads", "1", "--workers", "1"])
-    os.write(1, f"events {seen}\n".encode())
-    os._exit(status)
-
-
 class Attempts:
     """Runs of one recipe in one folder."""
 
     def __init__(self, file: Path, run: Path):
         self.file, self.run, self.log = file, run, run.with_name(f"{run.name}.txt")
 
-    def start(self, *arguments: str, kill_at: int | None = None, path: str = "") -> multiprocessing.Process:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        words = [str(self.file), f"output={self.run}", *arguments]
-        process = context.Process(target=_attempt, args=(words, str(self.run), kill_at, path, str(self.log)))
-        process.start()
-        return process
+    def start(self, *arguments: str, kill_at: int = 0, path: str = "") -> Forked:
+        counted = [SUPPORT / "killed_at.py", self.run, kill_at, path]
+        words = ["sft", self.file, f"output={self.run}", *arguments, "--threads", "1", "--workers", "1"]
+        with self.log.open("ab") as output:
+            return warm().start([*counted, *words], stdout=output, stderr=output)
 
-    def once(self, *arguments: str, kill_at: int | None = None, path: str = "") -> int:
+    def once(self, *arguments: str, kill_at: int = 0, path: str = "") -> int:
         """Its exit status; -9 for one that was killed, at an event on a path in which that pattern is."""
-        process = self.start(*arguments, kill_at=kill_at, path=path)
-        process.join(120)
-        assert process.exitcode is not None, self.said
-        return process.exitcode
+        return self.start(*arguments, kill_at=kill_at, path=path).wait(300)
 
     @property
     def said(self) -> str:
@@ -135,12 +97,12 @@ class Attempts:
         """Killed a moment after so many more steps are logged; its exit status, 0 if it was done before."""
         steps += self.steps()
         process = self.start()
-        while process.is_alive() and self.steps() < steps:
+        while process.poll() is None and self.steps() < steps:
             time.sleep(0.005)
-        process.join(pause)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(pause)
         process.kill()
-        process.join()
-        return process.exitcode
+        return process.wait()
 
     def steps(self) -> int:
         """Logged until now."""
@@ -173,7 +135,9 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+# Two chains have every method and kind of optimizer state but DoRA's, which the next test kills at each kind of file.
+# In a thorough run all of them are killed at random places too.
+@pytest.mark.parametrize("chain", tries(["full", "qlora-lora"], [*CHAINS]))
 def test_killed_again_and_again_at_any_place_it_is_the_same_run(place, tmp_path, chain):
     file = two_stages(place, tmp_path / "r.yaml", *CHAINS[chain])
     whole = Attempts(file, tmp_path / "whole")
@@ -232,21 +196,23 @@ def test_nothing_of_a_merge_is_left_in_models(killed_while_writing):
 
 
 def test_a_run_folder_in_use_is_refused_and_ctrl_c_ends_the_one_that_uses_it(place, tmp_path):
-    """A process as a terminal starts it: its output into a pipe, Ctrl-C to the whole group."""
-    slow = dict(max_steps=30, epochs=100, global_batch=16, save_every=20, eval_every=20)
+    """A process in a group of its own, without a terminal; Ctrl-C goes to the whole group, as a terminal sends it."""
+    slow = dict(max_steps=10, epochs=100, global_batch=8, save_every=20, eval_every=20)
     file = two_stages(place, tmp_path / "r.yaml", slow, {})
     used, whole = Attempts(file, tmp_path / "used"), Attempts(file, tmp_path / "whole")
     command = Command(file, f"output={used.run}")
-    used.wait_for(3)
+    used.wait_for(1)
+    os.killpg(command.process.pid, signal.SIGSTOP)  # it waits, however long the others take to be refused
     before = manifest(used.run)
     refused(sft(file, f"output={used.run}"), str(used.run))
     refused(sft(used.run), str(used.run))
     assert manifest(used.run)["resumed"] == before["resumed"]
     os.killpg(command.process.pid, signal.SIGINT)
+    os.killpg(command.process.pid, signal.SIGCONT)
     assert command.ended() == 128 + signal.SIGINT, command.said
     assert f"aquila-pd sft {used.run}" in command.said and "Traceback" not in command.said
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", command.said), "control characters in a pipe"
-    assert len(curve(used.run)) < 30
+    assert len(curve(used.run)) < 10
     assert used.once() == whole.once() == 0
     assert results(used.run) == results(whole.run)
 
@@ -255,24 +221,19 @@ def test_a_run_folder_in_use_is_refused_and_ctrl_c_ends_the_one_that_uses_it(pla
 
 
 class Command:
-    """`aquila-pd sft` as a process of its own, in a group of its own."""
+    """`aquila-pd sft` as a process of its own, in a group of its own, with its ranks as processes."""
 
     def __init__(self, *arguments: object):
         self.log = Path(str(arguments[0])).with_suffix(".txt")
+        words = [SUPPORT / "forked_ranks.py", "sft", *arguments, "--threads", "1", "--workers", "1"]
         with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [*COMMAND, *map(str, arguments), "--threads", "1", "--workers", "1"],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(IMPORTED)},
-            )
+            self.process = warm().start(words, stdout=output, stderr=output, start_new_session=True)
 
     @property
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def ended(self, patience: float = 120) -> int:
+    def ended(self, patience: float = 300) -> int:
         return self.process.wait(patience)
 
     def ranks(self) -> list[int]:

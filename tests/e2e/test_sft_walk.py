@@ -1,19 +1,17 @@
-"""The walk from rows to a tuned model, as a person would start it, on a tiny model."""
+"""The walk from rows to a tuned model, as a person would start it, on a tiny model; each in a warm process."""
 
 import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chat_factory import tiny_chat_folder
+from fork_server import warm
 from paths import ROOT
 from safetensors.numpy import load_file
-
-pytestmark = pytest.mark.slow  # each walk is a process that loads Paddle and runs nine commands
 
 FAST = "stages.0.optim.lr=2e-2"  # random weights move little in a dozen steps with less
 
@@ -21,9 +19,8 @@ FAST = "stages.0.optim.lr=2e-2"  # random weights move little in a dozen steps w
 def walk(folder: Path, *changes: str) -> subprocess.CompletedProcess:
     """The walk with everything it makes in a folder, on the rows and the recipe beside it."""
     model = tiny_chat_folder(folder / "tiny", "aquila-v1")
-    command = [sys.executable, str(ROOT / "examples" / "sft_walk.py"), "--model", str(model)]
-    command += ["--output", str(folder / "walk"), *changes]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    command = [ROOT / "examples" / "sft_walk.py", "--model", model, "--output", folder / "walk", *changes]
+    return warm().run(command, cwd=folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import checkpoint_factory as factory
 import pytest
 import sentencepiece
 import verify_factory
+from fork_server import converter
 from paths import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -159,9 +160,7 @@ def test_what_paddlenlp_saves_about_packing_counts_where_it_asks_for_some(folder
 
 def test_the_script_and_the_verb_are_the_same_command(folders):
     for command in (["convert/verify.py"], ["-m", "aquila_pd.cli", "verify"]):
-        done = subprocess.run(
-            [sys.executable, *command, *folders], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
+        done = converter().run([*command, *folders], cwd=ROOT)
         assert done.returncode == 0 and "Proven: content equal" in done.stdout, done.stderr
 
 
@@ -426,5 +425,5 @@ def test_a_termination_ends_with_143_and_leaves_no_report(folders, tmp_path):
         "command.prove = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"raise SystemExit(command.main({[*folders, '--report', str(report)]!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = converter().run(["-c", code], cwd=ROOT)
     assert done.returncode == 143 and "Stopped by SIGTERM" in done.stderr and not report.exists()

@@ -1,15 +1,11 @@
 """Adapters against peft on the same numbers: logits, gradients, training; and what putting on and merging promise."""
 
-import subprocess
-import sys
-
 import numpy as np
 import paddle
 import pytest
 import torch
 import twins
 from lora_twins import KINDS, our_logits, our_loss, pair, spec, theirs_as_ours, torch_logits
-from paths import IMPORTED
 
 from aquila_pd.adapters import lora
 from aquila_pd.adapters.lora import adapter_state, attach, load_adapter_state, merge
@@ -68,7 +64,6 @@ def training_losses(theirs, ours, steps: int = 20) -> tuple[list[float], list[fl
     return tuple(map(list, zip(*found, strict=True)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_steps_of_training_have_pefts_losses(kind):
     theirs, ours = training_losses(*pair(spec(**KINDS[kind])))
@@ -76,7 +71,6 @@ def test_twenty_steps_of_training_have_pefts_losses(kind):
     assert ours[-1] < ours[0] - 0.5, "the optimizer did nothing"
 
 
-@pytest.mark.slow
 def test_control_another_alpha_gives_other_losses():
     theirs, ours = pair(spec())
     for layer in (block.self_attn.q_proj for block in ours.aquila.layers):
@@ -196,50 +190,6 @@ def test_recompute_gives_the_same_gradients(kind):
     for name, gradient in plain.items():
         twins.assert_close(again[name], gradient, 1e-6, name)
         assert np.abs(gradient).max() > 0, name
-
-
-RANK = """
-import sys
-sys.path[:0] = {path!r}
-import numpy as np, paddle, paddle.distributed as dist, twins
-from lora_twins import our_loss, spec
-from aquila_pd.quantization.nf4 import quantize_model
-from aquila_pd.adapters.lora import adapter_state, attach
-from aquila_pd.sft.run.launch import leave
-
-dist.init_parallel_env()
-rank = dist.get_rank()
-_, model = twins.pair()
-quantize_model(model, ("q_proj", "up_proj"))
-paddle.seed(rank)  # other adapters on each rank: DataParallel takes those of rank 0
-attach(model, spec(dora=True, targets=("q_proj", "v_proj", "up_proj")))
-for parameter in adapter_state(model).values():
-    parameter.set_value(parameter + 0.1 * paddle.randn(parameter.shape))
-model.train()
-wrapped = paddle.DataParallel(model)
-our_loss(wrapped, twins.ids(rows=4)[2 * rank : 2 * rank + 2]).backward()
-both = {{name: p.grad.numpy() for name, p in adapter_state(model).items()}}
-model.clear_gradients()
-our_loss(model, twins.ids(rows=4)).backward()  # not through the wrapper: all rows on each rank
-for name, parameter in adapter_state(model).items():
-    alone = parameter.grad.numpy()
-    assert np.abs(alone).max() > 0, name
-    twins.assert_close(both[name], alone, 1e-5 * np.abs(alone).max() + 1e-8, name)
-print("equal")
-leave(0)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK.format(path=IMPORTED))
-    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
-    done = subprocess.run(
-        [*command, "--log_dir", str(tmp_path / "log"), str(script)], capture_output=True, text=True, timeout=300
-    )
-    logs = "".join(log.read_text() for log in sorted((tmp_path / "log").glob("workerlog.*")))
-    assert done.returncode == 0 and logs.count("equal") == 2, logs[-3000:]
 
 
 # ---------------------------------------------------------------------------------------------- what is refused

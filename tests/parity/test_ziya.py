@@ -1,16 +1,13 @@
 """Ziya2-13B-Chat: LLaMA's architecture, 39,424 rows, a SentencePiece tokenizer; for PaddleNLP's LLaMA and for ours."""
 
-import json
-import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import checkpoint_factory as factory
 import numpy as np
 import pytest
-from ziya_factory import write_ziya
+from ziya_factory import REAL, write_real_config, write_ziya
 
-from aquila_pd.architecture.weight_map import Dims, weights
 from convert.paddle2torch import to_torch
 from convert.torch2paddle import main
 
@@ -116,30 +113,6 @@ def test_the_way_back_is_the_folder_it_came_from(ziya, converted, tmp_path):
 
 # ------------------------------------------------------------------------------------- 34B and 70B, without weights
 
-REAL = {
-    # hidden, intermediate, layers, heads, key/value heads: bytes of bfloat16 weights by hand
-    "34b": (6144, 24576, 60, 48, 8),
-    "70b": (8192, 28672, 80, 64, 8),
-}
-
-
-def write_real_config(folder: Path, size: str) -> dict:
-    hidden, intermediate, layers, heads, kv_heads = REAL[size]
-    config = factory.config(
-        vocab_size=100008,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=4096,
-        bos_token_id=100006,
-        eos_token_id=100007,
-        torch_dtype="bfloat16",
-    )
-    factory.write_config(folder, config)
-    return config
-
 
 @pytest.mark.parametrize("size", REAL)
 def test_a_config_alone_is_planned_with_shards_bytes_and_time(tmp_path, capsys, monkeypatch, size):
@@ -164,60 +137,6 @@ def test_a_config_alone_is_planned_with_shards_bytes_and_time(tmp_path, capsys, 
     # without --dry-run there is nothing to convert
     assert main(["--input", str(tmp_path / size), "--output", str(tmp_path / "out")]) == 1
     assert "holds no checkpoint" in capsys.readouterr().err
-
-
-def write_sparse(folder: Path, config: dict) -> Path:
-    """The folder with all its bytes, nearly all of them holes: headers are real, each tensor has a few values."""
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    kv = hidden // heads * config["num_key_value_heads"]
-    dims = Dims(config["vocab_size"], hidden, hidden, kv, config["intermediate_size"], config["num_hidden_layers"])
-    rows, place = {}, 0
-    for weight in weights(dims):
-        nbytes = 2 * int(np.prod(weight.hf_shape))
-        rows[weight.hf] = {"dtype": "BF16", "shape": weight.hf_shape, "data_offsets": [place, place + nbytes]}
-        place += nbytes
-    header = json.dumps(rows).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + place)
-        for i, row in enumerate(rows.values()):  # the last value of each tensor, another one for each
-            file.seek(8 + len(header) + row["data_offsets"][1] - 2)
-            file.write((i + 1).to_bytes(2, "little"))
-    return folder
-
-
-@pytest.mark.slow
-def test_a_part_of_34b_converts_from_sparse_files(tmp_path, monkeypatch, capsys):
-    """The first shards of a folder of 67 GB, and then an interruption that keeps them."""
-    from safetensors import safe_open
-
-    from aquila_pd.checkpoint.io import journal
-
-    source = write_sparse(tmp_path, write_real_config(tmp_path, "34b"))
-    record = journal.Journal.record
-
-    def two_shards(self, file, finished, **options):
-        record(self, file, finished, **options)
-        if len(self.finished) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(journal.Journal, "record", two_shards)
-    monkeypatch.setattr("aquila_pd.checkpoint.io.output.SPARE", -(10**12))  # the rest is never written
-    out = tmp_path.parent / f"{tmp_path.name}-out"
-    argv = ["--input", str(source), "--output", str(out), "--max-shard-size", "700MB", "--verify", "none"]
-    assert main(argv) == 130
-    assert "2 of 122 shards are finished and kept" in capsys.readouterr().err
-    staged = out.with_name(f"{out.name}.partial")
-    found = {}
-    for file in sorted(staged.glob("model-*.safetensors")):
-        with safe_open(file, "np") as opened:
-            found |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
-            assert list(found) == list(dict.fromkeys(found))
-            for name in opened.keys():  # noqa: SIM118
-                row = opened.get_slice(name).get_shape()[0] - 1
-                assert opened.get_slice(name)[row:].reshape(-1)[-1:].view(np.uint16)[0] > 0
-    assert found["aquila.layers.0.mlp.gate_proj.weight"].get_shape() == [6144, 24576]
-    shutil.rmtree(staged)
 
 
 def test_a_tokenizer_that_may_cut_otherwise_is_warned_of(ziya, tmp_path, monkeypatch, capsys):

@@ -6,14 +6,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+from fork_server import PIPE, warm
 from paths import IMPORTED, ROOT
 
 from aquila_pd.serving.app import make_app
@@ -126,23 +125,11 @@ def in_lockstep(server: Running) -> Iterator[None]:
 
 
 class Command:
-    """`aquila-pd serve` in a process of its own, with the fake engine, or with the model in the folder."""
+    """`aquila-pd serve` in a process of its own, forked from a warm one, with the fake engine."""
 
-    def __init__(self, folder: Path, *arguments: str, fake: bool = True, **environment: str):
-        code = START.format(paths=IMPORTED)
-        program = (
-            ["-c", code]
-            if fake
-            else ["-c", "import sys; from aquila_pd.serving.command import main; sys.exit(main(sys.argv[1:]))"]
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, *program, str(folder), "--port", "0", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-        )
+    def __init__(self, folder: Path, *arguments: str, **environment: str):
+        words = ["-c", START.format(paths=IMPORTED), folder, "--port", "0", *arguments]
+        self.process = warm().start(words, stdout=PIPE, stderr=PIPE, cwd=ROOT, env={**os.environ, **environment})
         self.line = self.process.stdout.readline().strip()
         self.url = self.line.split()[-1] if self.line else ""
 
@@ -152,16 +139,17 @@ class Command:
         return self.ended()
 
     def ended(self) -> tuple[int, str]:
-        _, err = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, err
+        status = self.process.wait(PATIENCE)
+        return status, self.process.stderr.read()
 
     def __enter__(self) -> "Command":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdout, self.process.stderr):
+            stream.close()
 
 
 def chat_body(content: str = "hi", **more) -> dict:

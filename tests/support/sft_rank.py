@@ -16,11 +16,13 @@ import conftest  # noqa: E402, F401  the environment of tests, before paddle is 
 
 # isort: on
 import sft_factory  # noqa: E402
+from paddle.distributed import parallel  # noqa: E402
 from paddlenlp.utils.log import logger  # noqa: E402
 
 from aquila_pd.sft.run.launch import leave, rank  # noqa: E402
 
 logger.set_level("WARNING")
+parallel._global_parallel_env = None  # in a fork of a warm process: read there, before this rank's environment
 folder, output, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 resume, kill_after = settings.pop("resume", False), settings.pop("kill_after", None)
 

@@ -43,3 +43,29 @@ def write_ziya(folder: Path) -> Path:
     tokenizer = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "add_bos_token": True}))
     return folder
+
+
+REAL = {
+    # hidden, intermediate, layers, heads, key/value heads: bytes of bfloat16 weights by hand
+    "34b": (6144, 24576, 60, 48, 8),
+    "70b": (8192, 28672, 80, 64, 8),
+}
+
+
+def write_real_config(folder: Path, size: str) -> dict:
+    """The config.json of a published size, without weights."""
+    hidden, intermediate, layers, heads, kv_heads = REAL[size]
+    config = factory.config(
+        vocab_size=100008,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        bos_token_id=100006,
+        eos_token_id=100007,
+        torch_dtype="bfloat16",
+    )
+    factory.write_config(folder, config)
+    return config

@@ -264,7 +264,7 @@ def test_rows_that_share_a_band_only_do_not_make_searches_long(monkeypatch):
 def test_the_near_index_costs_what_is_said():
     rng = np.random.default_rng(7)
     index = NearIndex(0.8)
-    for number in range(8_000):
+    for number in range(4_000):
         index.first(rng.integers(0, 2**32, NUMBERS, dtype=np.uint64).astype(np.uint32), (0, number))
     assert 18 * 5 <= (index._rows.nbytes + index._tags.nbytes) / len(index) <= 310
 

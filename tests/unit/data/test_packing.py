@@ -292,21 +292,6 @@ def test_control_first_come_first_served_would_pad_more():
     assert 1 - lengths.sum() / (2048 * packs) > 0.05
 
 
-@pytest.mark.slow
-def test_a_million_samples_are_packed(tmp_path):
-    lengths = lengths_like_rows(1_000_000, most=4096)
-    made = records(len(lengths))
-    made["length"] = made["targets"] = lengths
-
-    class Made:
-        folder, digest, manifest, records = tmp_path, "made", {"longest": 4096}, made
-        __len__ = lambda self: len(lengths)  # noqa: E731
-
-    plan = plan_epoch(Made(), length=4096, seed=0, epoch=0, folder=tmp_path)
-    assert plan.padding_share < 0.002
-    assert np.array_equal(np.sort(plan._members), np.arange(len(lengths)))
-
-
 # -------------------------------------------------------------------------------------------------------- arrays
 
 

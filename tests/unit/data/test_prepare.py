@@ -4,14 +4,12 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chat_factory import write_aquila_tokenizer, write_sentencepiece_tokenizer
-from paths import ROOT, SHARED
+from paths import SHARED
 
 from aquila_pd import AquilaTokenizer
 from aquila_pd.data import building, encoding
@@ -317,29 +315,6 @@ def test_the_size_of_batches_changes_nothing(tmp_path, prompts, monkeypatch):
     assert written[0] == written[1]
 
 
-@pytest.mark.slow
-def test_any_number_of_processes_makes_the_same_bytes(tmp_path, prompts, monkeypatch):
-    monkeypatch.setattr(encoding, "BATCH", 8)
-    monkeypatch.setattr(encoding, "ALONE", 1)
-    file = write_rows(tmp_path / "a.jsonl", rows(300))
-    written = []
-    for workers in (1, 2, 3):
-        made(tmp_path / str(workers), spec(file, held_out=0.1), prompts, length=100, workers=workers)
-        written.append(content(tmp_path / str(workers)))
-    assert written[0] == written[1] == written[2]
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed_is_an_error_and_not_a_wait(tmp_path, prompts, monkeypatch):
-    monkeypatch.setattr(encoding, "ALONE", 1)
-    monkeypatch.setattr(encoding, "BATCH", 8)
-    monkeypatch.setattr(encoding, "_begin", os._exit)  # which ends each process at once
-    file = write_rows(tmp_path / "a.jsonl", rows(100))
-    with pytest.raises(DataError, match="was killed"):
-        made(tmp_path / "out", spec(file), prompts, workers=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-
-
 # ------------------------------------------------------------------------------------------------ whole or nothing
 
 
@@ -432,38 +407,3 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path, prompts):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be made"):
         made(tmp_path / "file" / "out", spec(write_rows(tmp_path / "a.jsonl", rows(5))), prompts)
-
-
-# ------------------------------------------------------------------------------------------------ memory
-
-MEASURE = """
-import re, sys
-from pathlib import Path
-sys.path[:0] = ["tests", "tests/support"]
-import aquila_pd
-from aquila_pd import AquilaTokenizer
-from aquila_pd.text.prompts import ChatPrompts
-from aquila_pd.data.prepare import prepare
-from aquila_pd.data.settings import DataSpec, Source
-
-tokenizer, file, out = sys.argv[1:]
-prompts = ChatPrompts(AquilaTokenizer.from_pretrained(tokenizer), "aquila-v1")
-prepare(DataSpec(train=(Source((file,)),)), prompts, length=128, seed=0, folder=Path(out), workers=1)
-print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])  # the most it had at any time
-"""
-
-
-@pytest.mark.slow
-def test_ten_times_the_rows_cost_no_more_memory(tmp_path):
-    """But for the digests of rows that have been seen, of which an exact search for duplicates needs all."""
-    tokenizer = write_aquila_tokenizer(tmp_path / "tokenizer")
-    kilobytes = {}
-    for count in (10_000, 100_000):
-        file = write_rows(tmp_path / f"{count}.jsonl", [row(f"q{i}", f"a{i}" + "x" * 40) for i in range(count)])
-        arguments = [str(tokenizer), str(file), str(tmp_path / f"out-{count}")]
-        done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        kilobytes[count] = int(done.stdout.split()[-1])
-    assert len(Samples.open(tmp_path / "out-100000" / "train")) == 100_000
-    # the samples alone have 23 MB, their texts 9 MB
-    assert kilobytes[100_000] - kilobytes[10_000] < 12_000

@@ -78,7 +78,7 @@ def test_the_pad_id_is_a_token_as_any_other(model, reference):
 
 
 def test_sampled_first_tokens_have_the_models_probabilities(model, reference):
-    prompt, n = some_ids(12), 900
+    prompt, n = some_ids(12), 500
     for fields in (dict(temperature=0.8), dict(top_k=6, top_p=0.9), dict(order="aquila", top_p=0.7, temperature=2.0)):
         params = SamplingParams(max_new_tokens=1, seed=11, n=n, **fields)
         p = probabilities(reference.logits(prompt)[-1], params)
@@ -128,7 +128,7 @@ def test_without_logprobs_there_are_none(model):
 @pytest.mark.parametrize("chunk", [1, 7, 64, 512])
 def test_prompt_logprobs_are_log_softmax_of_full_logits_whatever_the_chunks(model, reference, chunk):
     engine = Engine(model, slots=2, prefill_chunk=chunk)
-    for length in (1, 2, 63, 64, 65, 130):
+    for length in (1, 2, 63, 64, 65, 130)[: 3 if chunk == 1 else None]:
         prompt = some_ids(length)
         (sequence,) = engine.generate([prompt], greedy(0, prompt_logprobs=True, logprobs=3))[0]
         assert (sequence.tokens, sequence.finish_reason, sequence.reused) == ([], "length", 0)

@@ -2,28 +2,22 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from paths import ROOT
 
 from aquila_pd.architecture.weight_map import Dims, weights
 from aquila_pd.data.packing import plan_epoch
 from aquila_pd.data.samples import Samples, SamplesWriter
 from aquila_pd.data.settings import DataSpec, Source
-from aquila_pd.ops import cpu_training
 from aquila_pd.ops.linear_cross_entropy import BLOCK_BYTES
 from aquila_pd.sft.estimate.dry_run import dry_run
 from aquila_pd.sft.estimate.flops import adapter_parameters, parameters, projections, trained_parameters, work
 from aquila_pd.sft.estimate.memory import (
-    BLOCK,
     LOGITS_AT_ONCE,
     NF4_BYTES,
     Rows,
     activations,
-    in_flight,
     layer_values,
     logits,
     memory,
@@ -212,61 +206,9 @@ def test_nf4_takes_half_a_byte_and_adapters_next_to_nothing():
     assert qlora["weights in NF4"] + qlora["weights"] == pytest.approx(5.0e9, rel=0.02)
 
 
-MEASURED = """
-import sys, threading, time
-import aquila_pd, numpy as np, paddle
-from aquila_pd import AquilaConfig, AquilaForCausalLM
-from aquila_pd.sft.logs.memory import resident
-from aquila_pd.sft.loop.loss import SummedLoss
-
-again, length = sys.argv[1] == "again", int(sys.argv[2])
-config = AquilaConfig(vocab_size=2000, hidden_size=256, intermediate_size=700, num_hidden_layers=12,
-                      num_attention_heads=4, num_key_value_heads=4)
-model = AquilaForCausalLM(config)
-model.train()
-model.aquila.enable_recompute = again
-loss = SummedLoss(model)
-ids = paddle.to_tensor(np.arange(length)[None] % 2000)
-rows = (ids, ids, paddle.arange(length)[None], paddle.ones([1, length], "int64"))
-loss(*(row[:, :16] for row in rows)).backward()
-before, most, done = resident(), 0, threading.Event()
-
-def watch():
-    global most
-    while not done.wait(0.002):
-        most = max(most, resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-loss(*rows).backward()
-done.set()
-watcher.join()
-print(most - before)
-"""
-
-
 def test_logits_are_held_in_blocks_of_the_size_that_is_estimated():
     assert LOGITS_AT_ONCE == BLOCK_BYTES
     assert logits(DIMS_7B, 1e6, half=True) < 2 * BLOCK_BYTES < logits(DIMS_7B, 1e6, half=True) * 1.01
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("again", [False, True])
-def test_a_process_on_a_cpu_holds_about_what_is_estimated(again):
-    """25 %: the allocator rounds up and keeps; gradients are there before the step that is watched."""
-    length, dims = 1024, Dims(vocab=2000, d=256, q=256, kv=256, ff=700, layers=12)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, "again" if again else "once", str(length)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    held = activations(dims, length, half=False, again=again, fused=False)
-    held += logits(dims, length, half=False) + in_flight(dims, 4, length)
-    assert cpu_training.BLOCK == BLOCK
-    assert float(done.stdout.splitlines()[-1]) == pytest.approx(held, rel=0.25)
 
 
 # --------------------------------------------------------------------------------------------- rows and steps

@@ -27,13 +27,16 @@ ROUNDING = 5e-6
 # ------------------------------------------------------------------------------------------------- the step
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_the_curve_does_not_depend_on_how_a_step_is_cut(tmp_path, method):
-    whole = run(tmp_path / "8", stage(method=method, micro_batch=8)).losses
-    for micro in (4, 2, 1):
-        cut = run(tmp_path / str(micro), stage(method=method, micro_batch=micro)).losses
+@pytest.mark.parametrize(("method", "cuts"), [("full", (4, 2, 1)), ("lora", (2,)), ("qlora", (2,))])
+def test_the_curve_does_not_depend_on_how_a_step_is_cut(tmp_path, method, cuts):
+    """To the end of an epoch, where the last step is smaller than the others."""
+    data = packs(random_samples(tmp_path / "samples", count=90), tmp_path / "plans")
+    whole = run(tmp_path / "8", stage(method=method, micro_batch=8), data=data).losses
+    for micro in cuts:
+        cut = run(tmp_path / str(micro), stage(method=method, micro_batch=micro), data=data).losses
         assert_close(np.array(cut), np.array(whole), ROUNDING, f"micro-batches of {micro}")
-    assert len(whole) > 10 and (method != "full" or whole[-1] < whole[0])  # an adapter moves little in so few steps
+    assert len(data) % 8 and len(whole) == len(data) // 8 + 1 > 5
+    assert method != "full" or whole[-1] < whole[0]  # an adapter moves little in so few steps
 
 
 def test_control_a_mean_of_means_depends_on_how_a_step_is_cut(tmp_path, monkeypatch):
@@ -201,13 +204,18 @@ def test_the_run_uses_the_rates_it_reports(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [dict(method="full"), dict(method="lora", dropout=0.1), dict(method="qlora", dropout=0.1), dict(neftune=5.0)],
-    ids=["full", "lora", "qlora", "neftune"],
+    ("last", "settings"),
+    [
+        (4, dict(method="full")),
+        (6, dict(method="full")),
+        (4, dict(method="lora", dropout=0.1)),
+        (6, dict(method="qlora", dropout=0.1)),
+        (4, dict(neftune=5.0)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("last", [4, 6])
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_to_the_last_digit(tmp_path, settings, last):
-    of = stage(micro_batch=4, max_steps=10, **settings)
+    of = stage(micro_batch=4, max_steps=8, **settings)
     whole = run(tmp_path / "whole", of)
     broken = run(tmp_path / "broken", of, fail_after=last)
     rest = run(tmp_path / "broken", of, resume=True)
@@ -237,7 +245,7 @@ def test_the_best_evaluation_is_remembered_over_a_resume(tmp_path):
 
 
 def test_told_to_stop_it_ends_the_step_and_saves(tmp_path):
-    of = stage(max_steps=10)
+    of = stage(max_steps=7)
     whole = run(tmp_path / "whole", of).losses
     trainer, reporter = trainer_of(tmp_path / "run", of)
     step = reporter.step
