@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from ..quantization.encode import quantize
 from ..utils.errors import CheckpointError, report
 from .lora_math import scaling_of
 from .peft_files import Adapter
+
+if TYPE_CHECKING:
+    from .spec import LoraSpec
 
 ROWS, COLUMNS = 512, 64  # blocks of an update that are always computed whole: no cut changes the last bits of a product
 UNPACKED_ROWS = 2048
@@ -37,6 +41,13 @@ class _Matrix:
     factors: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None
     packed: NF4 | None
     lengths: np.ndarray | None = None
+
+
+def _as_fingerprinted(spec: "LoraSpec") -> str:
+    """The settings as fingerprints of stopped merges hold them: with a whole alpha as adapter_config.json writes it."""
+    alpha = int(spec.alpha) if spec.alpha.is_integer() else spec.alpha
+    others = f"dropout={spec.dropout}, targets={spec.targets}, rslora={spec.rslora}, dora={spec.dora}"
+    return f"LoraSpec(r={spec.r}, alpha={alpha}, {others})"
 
 
 class MergedSource:
@@ -61,7 +72,8 @@ class MergedSource:
     @property
     def config(self) -> dict:
         """config.json and the merge options: part of the fingerprint for resume."""
-        return {**self.base.config, "merged": [self.adapter and str(self.adapter.spec), list(self.packed)]}
+        settings = self.adapter and _as_fingerprinted(self.adapter.spec)
+        return {**self.base.config, "merged": [settings, list(self.packed)]}
 
     @property
     def files(self) -> list[Path]:
