@@ -32,7 +32,14 @@ from pathlib import Path
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 NUMBER = struct.Struct("q")
 
-CONVERTER = ("aquila_pd.checkpoint.sources.packed", "converted_once")
+CONVERTER = (
+    "tokenizers",
+    "tqdm",
+    "aquila_pd.tokenization.convert",
+    "aquila_pd.checkpoint.sources.packed",
+    "aquila_pd.checkpoint.sources.safetensors",
+    "aquila_pd.checkpoint.command",
+)
 EVERYTHING = ("aquila_pd", "paddle", "paddlenlp.trainer", "aquila_pd.sft.command", "aquila_pd.sft.run.stages")
 
 
@@ -239,7 +246,11 @@ def _become(request: dict) -> None:
     if request["session"]:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(line_buffering=os.isatty(1) or bool(os.environ.get("PYTHONUNBUFFERED")))
+    # new ones: those of the server remember whether its own files could seek
+    lines = os.isatty(1) or bool(os.environ.get("PYTHONUNBUFFERED"))
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1 if lines else -1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     first, *more = request["arguments"]
     if first == "-c":
         _see("", ["-c", *more[1:]])
