@@ -22,7 +22,7 @@ from pathlib import Path
 import checkpoint_factory as factory
 import pytest
 from effort import THOROUGH
-from fork_server import CONVERTER, ForkServer
+from fork_server import ForkServer
 from paths import ROOT, SUPPORT
 
 from aquila_pd.utils.files import files_under
@@ -111,7 +111,7 @@ def code(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def laboratory(code) -> Iterator[ForkServer]:
-    made = ForkServer(CONVERTER, path=[str(code), str(SUPPORT)])
+    made = ForkServer(["aquila_pd.checkpoint.sources.packed", "converted_once"], path=[str(code), str(SUPPORT)])
     yield made
     made.close()
 

@@ -1,15 +1,17 @@
-"""Ten times the rows cost no more memory, but for what finding duplicates says it costs. Measured in processes of
-their own, at their peak: forks of one that has imported what they need, and with it the same beginning."""
+"""Ten times the rows cost no more memory, but for what finding duplicates says it costs. Measured at the peak of
+processes of their own, forked from a warm one."""
 
 import json
 from pathlib import Path
 
 import pytest
-from fork_server import ForkServer
+from effort import tries
+from fork_server import warm
+from paths import ROOT
 from sft_rows_factory import chat
 
-FEW, MANY = 4_000, 40_000
-NOISE = 10_000_000  # bytes by which peaks differ all the same: buffers of libraries that fill once
+FEW, MANY = tries(4_000, 8_000), tries(40_000, 80_000)
+NOISE = tries(8_000_000, 12_000_000)  # bytes by which peaks differ all the same: buffers of libraries that fill once
 
 RUN = """
 import sys
@@ -18,12 +20,11 @@ from aquila_pd.data.counters import Counters
 from aquila_pd.data.pipeline import conversations
 from aquila_pd.data.settings import DataSpec, Source
 
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins here, and not with what the process forked from had
 file, deduplicate, keep = sys.argv[1:]
 spec = DataSpec(train=(Source((file,)),), deduplicate=deduplicate, held_out=0.01)
 rows = conversations(spec, 0, counters=Counters())
 found = len(list(rows)) if keep == "keep" else sum(1 for _ in rows)
-# not getrusage: that one cannot begin anew
+# not getrusage: that one begins with what the parent process had
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(found, int(peak.split()[1]) * 1024)
 """
@@ -48,38 +49,13 @@ def write(file: Path, count: int) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def server():
-    made = ForkServer(["aquila_pd.data.pipeline", "pyarrow.parquet"])
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """files(name, count) is a file of so many rows, written once."""
-    folder, made = tmp_path_factory.mktemp("rows"), {}
-
-    def file(name: str, count: int) -> Path:
-        if (name, count) not in made:
-            made[name, count] = write(folder / f"{count}-{name}", count)
-        return made[name, count]
-
-    return file
-
-
-@pytest.fixture
-def peak(server, files):
-    """peak(name, deduplicate, rows) is bytes of a process at its peak."""
-
-    def peak(name: str, deduplicate: str, rows: int, *, keep: str = "") -> int:
-        done = server.run(["-c", RUN, files(name, rows), deduplicate, keep], timeout=300)
-        assert done.returncode == 0, done.stderr
-        found, nbytes = map(int, done.stdout.split())
-        assert found == rows
-        return nbytes
-
-    return peak
+def peak(file: Path, deduplicate: str, rows: int, *, keep: str = "") -> int:
+    """Bytes of a process at its peak."""
+    done = warm().run(["-c", RUN, file, deduplicate, keep], cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, nbytes = map(int, done.stdout.split())
+    assert found == rows
+    return nbytes
 
 
 @pytest.mark.parametrize(
@@ -91,11 +67,12 @@ def peak(server, files):
         ("rows.jsonl", "exact", 16 * 2.9 * 1.5),  # bytes for each row, by duplicates.py
     ],
 )
-def test_ten_times_the_rows_cost_no_more(peak, name, deduplicate, each):
-    few, many = (peak(name, deduplicate, count) for count in (FEW, MANY))
+def test_ten_times_the_rows_cost_no_more(tmp_path, name, deduplicate, each):
+    few = peak(write(tmp_path / f"few-{name}", FEW), deduplicate, FEW)
+    many = peak(write(tmp_path / f"many-{name}", MANY), deduplicate, MANY)
     assert many - few <= each * (MANY - FEW) + NOISE
 
 
-def test_control_rows_that_are_held_are_noticed(peak):
-    few, many = (peak("rows.jsonl", "none", count, keep="keep") for count in (FEW, MANY))
-    assert many - few > 2 * NOISE
+def test_control_rows_that_are_held_are_noticed(tmp_path):
+    few, many = (write(tmp_path / f"{count}.jsonl", count) for count in (FEW, MANY))
+    assert peak(many, "none", MANY, keep="keep") - peak(few, "none", FEW, keep="keep") > 3 * NOISE

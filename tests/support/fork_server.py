@@ -32,7 +32,14 @@ from pathlib import Path
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 NUMBER = struct.Struct("q")
 
-CONVERTER = ("aquila_pd.checkpoint.sources.packed", "converted_once")
+CONVERTER = (
+    "tokenizers",
+    "tqdm",
+    "aquila_pd.tokenization.convert",
+    "aquila_pd.checkpoint.sources.packed",
+    "aquila_pd.checkpoint.sources.safetensors",
+    "aquila_pd.checkpoint.command",
+)
 EVERYTHING = ("aquila_pd", "paddle", "paddlenlp.trainer", "aquila_pd.sft.command", "aquila_pd.sft.run.stages")
 
 
