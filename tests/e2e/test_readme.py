@@ -48,7 +48,7 @@ def workplace(tmp_path_factory):
             continue
         if words[0] not in PROGRAMS:
             pytest.fail(f"README has a command no test runs: {line}")
-        done = warm().run([*PROGRAMS[words[0]], *words[1:]], cwd=work)
+        done = warm().run([*PROGRAMS[words[0]], *words[1:]], cwd=work, timeout=600)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return work
 

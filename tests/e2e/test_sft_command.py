@@ -8,8 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import threading
-import time
 from pathlib import Path
 
 import matplotlib.image
@@ -40,6 +38,8 @@ from sft_command_factory import (
     write_rows,
 )
 
+from aquila_pd.sft.logs.jsonl import JsonLines
+
 CUT = 1e-5  # float32 sums in another order; losses near 6
 OTHER = 1e-4  # the same weights in fp32 in another library
 
@@ -69,32 +69,22 @@ def recipe(place, tmp_path):
     return make
 
 
-def end_after(steps: int, run: Path, number: signal.Signals) -> threading.Thread:
-    """A thread that sends this process a signal as soon as so many steps are in a run's log."""
-
-    def watch() -> None:
-        log = run / "log.jsonl"
-        for _ in range(6000):
-            if log.exists() and log.read_text().count('"kind": "step"') >= steps:
-                os.kill(os.getpid(), number)
-                return
-            time.sleep(0.005)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
 def ended_early(run: Path, number: signal.Signals, *arguments: object, steps: int = 4):
-    """Run the command until it gets a signal behind some step; unheard, the signal is an exception of the test."""
+    """Run the command, which gets a signal when so many steps are in the run's log; unheard, the test fails."""
+    write = JsonLines.write
+
+    def write_and_tell(self, kind: str, record: dict) -> None:
+        write(self, kind, record)
+        if kind == "step" and len(curve(run)) == steps:
+            os.kill(os.getpid(), number)
+
     before = signal.signal(number, lambda *_: pytest.fail(f"nobody listened to {number.name}"))
     try:
-        thread = end_after(steps, run, number)
-        outcome = sft(*arguments)
-        thread.join()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(JsonLines, "write", write_and_tell)
+            return sft(*arguments)
     finally:
         signal.signal(number, before)
-    return outcome
 
 
 # --------------------------------------------------------------------------------------------- a run of two stages

@@ -147,7 +147,7 @@ def test_what_is_learned_is_what_the_preview_shows(shared):
 # -------------------------------------------------------------------------------------------------- commands
 
 MODEL = "Aquila2-34B"
-SERVED = "aquila-pd serve"  # tests/test_readme.py and tests/test_serving_*.py run servers
+SERVED = "aquila-pd serve"  # test_readme.py and test_serving_*.py run servers
 ALL_OF_THEM = """
 import shlex, sys
 from aquila_pd.cli import main
@@ -169,7 +169,7 @@ def workplace(tmp_path_factory) -> Path:
     here = [line for line in "".join(blocks("bash")).splitlines() if line.startswith("aquila-pd")]
     commands = [line for line in here if not line.startswith(SERVED)]
     assert len(commands) > 10 and len(here) == len(commands) + 1
-    done = warm().run(["-c", ALL_OF_THEM], cwd=work, input="\n".join(commands))
+    done = warm().run(["-c", ALL_OF_THEM], cwd=work, input="\n".join(commands), timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return work
 

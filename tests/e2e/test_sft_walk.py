@@ -20,7 +20,7 @@ def walk(folder: Path, *changes: str) -> subprocess.CompletedProcess:
     """The walk with everything it makes in a folder, on the rows and the recipe beside it."""
     model = tiny_chat_folder(folder / "tiny", "aquila-v1")
     command = [ROOT / "examples" / "sft_walk.py", "--model", model, "--output", folder / "walk", *changes]
-    return warm().run(command, cwd=folder)
+    return warm().run(command, cwd=folder, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,7 @@ def test_ranks_write_their_own_part_and_everybody_finds_all(tmp_path):
     """Two ranks in threads, which wait for each other as processes do."""
     import threading
 
-    barrier = threading.Barrier(2, timeout=20)
+    barrier = threading.Barrier(2, timeout=60)
     errors = []
 
     def write(rank: int) -> None:
