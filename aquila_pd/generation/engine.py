@@ -290,7 +290,7 @@ class Engine:
             self._cache.clear(sequence.slot)
 
     def _update_gauges(self) -> None:
-        self.stats.running, self.stats.waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        self.stats.running, self.stats.waiting = self._scheduler.counts
 
 
 def context_length(config) -> int:

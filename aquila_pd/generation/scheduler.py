@@ -100,6 +100,11 @@ class Scheduler:
         """Sequences without a slot, in order of arrival."""
         return list(self._waiting)
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many sequences run and how many wait; called for each token, so without a list of them."""
+        return sum(slot.sequence is not None for slot in self._slots), len(self._waiting)
+
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences behind those that wait."""
         for sequence in sequences:
@@ -143,7 +148,7 @@ class Scheduler:
         """Free slots to waiting sequences in order of arrival, except those that gain by waiting a little."""
         free = [slot for slot in self._slots if slot.sequence is None]
         admitted, copies = [], []
-        for sequence in self.waiting if free else ():
+        for sequence in self.waiting if free else ():  # a list of its own: admission takes out of the queue
             if not free:
                 break
             if self._wait_for_shared_prefix(sequence):

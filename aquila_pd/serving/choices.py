@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..generation import TokenEvent, TokenLogprob
+from ..generation.sequence import STOP
 from ..text.text_stream import TextStream
 from .vocabulary import Offsets
-
-LENGTH, STOP = "length", "stop"
 
 
 @dataclass

@@ -13,13 +13,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 from ..generation import Engine, NonFiniteLogits, PromptTooLong, SamplingParams, Sequence, TokenEvent
+from ..generation.sequence import ERROR
 from ..utils.errors import GenerationError
 from .choices import Choice, MakeChoice, Piece
 from .errors import ApiError, Failure, context_length, engine_failed, invalid, nonfinite
 
 UNHEALTHY_AFTER = 3  # failed steps with no good one between them
 STUCK_SECONDS = 300.0  # a single step never takes so long
-LENGTH, ERROR = "length", "error"
 
 
 class Job:
@@ -250,7 +250,7 @@ class Worker:
         """Deliver the outbox to the event loop in one call."""
         if self._outbox:
             batch, self._outbox = self._outbox, []
-            with suppress(RuntimeError):  # the event loop has closed: nobody is left to tell
+            with suppress(RuntimeError):  # the event loop has closed, and with it every request
                 self._loop.call_soon_threadsafe(_hand_out, batch)
 
 

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
-CLIENT_GONE = 499  # what the log says of a request whose client hung up; nobody receives it
+CLIENT_GONE = 499  # logged for a request whose client disconnected; never sent
 DO_NOT_RETRY = {"x-should-retry": "false"}  # honoured by OpenAI's clients, which otherwise repeat every 5xx
 
 

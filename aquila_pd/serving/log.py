@@ -1,6 +1,6 @@
 """Access and error log: one line per request, exceptions with traceback; a writer thread behind a bounded queue.
 
-A disk that is full or a terminal that nobody reads costs lines, which are counted, and never a request.
+A full disk or a pipe without a reader costs lines, which are counted, and never blocks a request.
 """
 
 import os

@@ -51,6 +51,7 @@ def test_sequences_are_admitted_in_order_of_arrival_while_slots_are_free():
     made = scheduler(2)
     a, b, c, d = add(made, *(ids(5, first=100 * i) for i in range(4)))
     assert made.schedule().admitted == [a, b] == made.running and made.waiting == [c, d]
+    assert made.counts == (2, 2)
     assert (a.slot, b.slot, c.slot) == (0, 1, None)
     assert made.schedule().admitted == []
     made.release(a)
