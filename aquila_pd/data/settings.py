@@ -6,10 +6,10 @@ stand in docs/sft.md and recipes/recipe.schema.json, too.
 
 from typing import Annotated
 
-from pydantic import AfterValidator, ValidationInfo, field_validator
+from pydantic import AfterValidator
 
 from ..utils.errors import DataError
-from ..utils.validation import choice, flag, number, section, settings, several, text, whole, wrong
+from ..utils.validation import choice, contradiction, flag, number, section, settings, several, text, whole, wrong
 
 FORMATS = ("auto", "infinity", "openai", "alpaca", "paddlenlp")
 OVERLONG = ("split", "truncate", "drop")
@@ -59,9 +59,7 @@ class DataSpec:
     contamination: several(WORDS, "benchmark files") = ()
     drop_contaminated: flag("rows that hold a piece of a benchmark; false: counted and kept") = True
 
-    @field_validator("evaluate")
-    @classmethod
-    def _from_one_place(cls, value: tuple, info: ValidationInfo) -> tuple:
-        if value and info.data.get("held_out"):
+    @contradiction("evaluate")
+    def _from_one_place(value, others):
+        if value and others.get("held_out"):
             raise wrong("held_out is there too; rows for evaluation come from one of them")
-        return value

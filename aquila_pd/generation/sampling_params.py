@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import field
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field
 
 from ..utils.errors import GenerationError
-from ..utils.validation import choice, flag, number, settings, whole, wrong
+from ..utils.validation import choice, contradiction, flag, number, settings, whole, wrong
 
 STANDARD, AQUILA = "standard", "aquila"
 ORDERS = (STANDARD, AQUILA)
@@ -66,19 +66,15 @@ class SamplingParams:
     n: whole(ge=1, le=MOST_SEQUENCES) = 1
     order: choice(ORDERS) = STANDARD
 
-    @field_validator("max_new_tokens")
-    @classmethod
-    def _some(cls, value: int, info: ValidationInfo) -> int:
-        if value == 0 and not info.data.get("prompt_logprobs"):
+    @contradiction("max_new_tokens")
+    def _some(value, others):
+        if value == 0 and not others.get("prompt_logprobs"):
             raise wrong("it is 0 and must be at least 1; 0 only scores a prompt, with prompt_logprobs")
-        return value
 
-    @field_validator("min_new_tokens")
-    @classmethod
-    def _no_more_than_max(cls, value: int, info: ValidationInfo) -> int:
-        if value > info.data.get("max_new_tokens", value):
-            raise wrong(f"it is {value}, more than max_new_tokens {info.data['max_new_tokens']}")
-        return value
+    @contradiction("min_new_tokens")
+    def _no_more_than_max(value, others):
+        if value > others.get("max_new_tokens", value):
+            raise wrong(f"it is {value}, more than max_new_tokens {others['max_new_tokens']}")
 
     @property
     def greedy(self) -> bool:

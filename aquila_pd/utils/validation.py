@@ -11,7 +11,16 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
@@ -172,6 +181,19 @@ def _line(item: Mapping, cls: type) -> str:
 def wrong(sentence: str) -> PydanticCustomError:
     """What a validator of a settings class raises."""
     return PydanticCustomError("wrong", "{sentence}", {"sentence": sentence})
+
+
+def contradiction(key: str) -> Callable:
+    """Decorates a check of a key against earlier ones: (its value, their valid values); it raises wrong()."""
+
+    def decorate(check: Callable[[Any, Mapping], None]) -> Any:
+        def validate(cls: type, value: Any, info: ValidationInfo) -> Any:
+            check(value, info.data)
+            return value
+
+        return field_validator(key)(classmethod(validate))
+
+    return decorate
 
 
 # ----------------------------------------------------------------------------------------------------- sentences

@@ -11,13 +11,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ValidationInfo, field_validator
+from pydantic import AfterValidator
 
 from ...adapters.spec import LoraSpec
 from ...data.settings import DataSpec
 from ...tokenization.chat_templates import find_template
 from ...utils.errors import AquilaError, RecipeError, shown_value
-from ...utils.validation import choice, flag, number, section, settings, several, text, whole, wrong
+from ...utils.validation import choice, contradiction, flag, number, section, settings, several, text, whole, wrong
 
 METHODS = ("full", "lora", "qlora")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -39,26 +39,20 @@ class Optim:
     eps: number(gt=0) = 1e-8
     clip: number("largest global norm of the gradient; 0: none", ge=0) = 1.0
 
-    @field_validator("min_lr")
-    @classmethod
-    def _below_lr(cls, value: float, info: ValidationInfo) -> float:
-        if value > info.data.get("lr", value):
-            raise wrong(f"it is {value:g}, above lr {info.data['lr']:g}")
-        return value
+    @contradiction("min_lr")
+    def _below_lr(value, others):
+        if value > others.get("lr", value):
+            raise wrong(f"it is {value:g}, above lr {others['lr']:g}")
 
-    @field_validator("schedule")
-    @classmethod
-    def _falls_to_min_lr(cls, value: str, info: ValidationInfo) -> str:
-        if value == "constant" and info.data.get("min_lr"):
-            raise wrong(f"constant never falls to min_lr, which is {info.data['min_lr']:g}")
-        return value
+    @contradiction("schedule")
+    def _falls_to_min_lr(value, others):
+        if value == "constant" and others.get("min_lr"):
+            raise wrong(f"constant never falls to min_lr, which is {others['min_lr']:g}")
 
-    @field_validator("warmup_ratio")
-    @classmethod
-    def _one_warmup(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is not None and info.data.get("warmup_steps") is not None:
+    @contradiction("warmup_ratio")
+    def _one_warmup(value, others):
+        if value is not None and others.get("warmup_steps") is not None:
             raise wrong("warmup_steps is there too; keep one of them")
-        return value
 
 
 def _folder_name(name: str) -> str:
@@ -116,37 +110,29 @@ class Stage:
     visualdl: flag("also for `visualdl --logdir RUN/visualdl`") = False
     sharding: choice(("none", "stage1"), "`stage1`: the optimizer's state cut over the devices") = "none"
 
-    @field_validator("max_steps")
-    @classmethod
-    def _after_the_warmup(cls, value: int | None, info: ValidationInfo) -> int | None:
-        warmup = info.data["optim"].warmup_steps or 0 if "optim" in info.data else 0
+    @contradiction("max_steps")
+    def _after_the_warmup(value, others):
+        warmup = others["optim"].warmup_steps or 0 if "optim" in others else 0
         if value is not None and warmup > value:
             raise wrong(f"it is {value}, and the warmup alone takes {warmup} steps")
-        return value
 
-    @field_validator("micro_batch")
-    @classmethod
-    def _divides(cls, value: int, info: ValidationInfo) -> int:
-        if info.data.get("global_batch", 0) % value:
-            raise wrong(f"{value} does not divide global_batch {info.data['global_batch']}")
-        return value
+    @contradiction("micro_batch")
+    def _divides(value, others):
+        if others.get("global_batch", 0) % value:
+            raise wrong(f"{value} does not divide global_batch {others['global_batch']}")
 
-    @field_validator("eval_every")
-    @classmethod
-    def _has_rows(cls, value: int, info: ValidationInfo) -> int:
-        data = info.data.get("data")
+    @contradiction("eval_every")
+    def _has_rows(value, others):
+        data = others.get("data")
         if value and data and not (data.held_out or data.evaluate):
             raise wrong(
                 "there is nothing to evaluate on; give data.held_out (a share of the rows) or data.evaluate (files)"
             )
-        return value
 
-    @field_validator("keep_best")
-    @classmethod
-    def _of_several(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("eval_every") == 0:
+    @contradiction("keep_best")
+    def _of_several(value, others):
+        if value and others.get("eval_every") == 0:
             raise wrong("eval_every is 0, so that nothing is evaluated before the end")
-        return value
 
     @property
     def evaluates(self) -> bool:
@@ -176,14 +162,11 @@ class RecipeKeys:
     seed: whole("of every draw", ge=0, le=2**32 - 1) = 0
     export: choice(("none", "merged"), "`merged`: the last stage's result as a plain model in `RUN/model`") = "merged"
 
-    @field_validator("output")
-    @classmethod
-    def _elsewhere(cls, value: str, info: ValidationInfo) -> str:
-        if "model" in info.data:
-            model, output = (os.path.abspath(os.path.expanduser(path)) for path in (info.data["model"], value))
-            if os.path.commonpath([model, output]) == model:
-                raise wrong("it is the folder of the model, or lies in it, and would change the model")
-        return value
+    @contradiction("output")
+    def _elsewhere(value, others):
+        model, output = (os.path.abspath(os.path.expanduser(path)) for path in (others.get("model", value), value))
+        if "model" in others and os.path.commonpath([model, output]) == model:
+            raise wrong("it is the folder of the model, or lies in it, and would change the model")
 
     def values(self) -> dict:
         """All keys, defaults written out, as JSON holds them; load_values reads them. No lora where nothing uses it."""
