@@ -3,11 +3,9 @@
 import re
 import threading
 
-import pytest
 from page_server import MODEL, Gate, chunk, endless, event, refuse, stream, stream_then
 
 pytest_plugins = ("page_browser",)
-pytestmark = pytest.mark.slow
 
 ATTACKS = (
     "<img src=x onerror=\"window.hacked = 'img'\"><script>window.hacked = 'script'</script>"

@@ -9,7 +9,6 @@ from page_server import MODEL, refuse, stream
 from aquila_pd.serving.page import read_page
 
 pytest_plugins = ("page_browser",)
-pytestmark = pytest.mark.slow
 
 
 # ---- The file -------------------------------------------------------------------------------------------------------

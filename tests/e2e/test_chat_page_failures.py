@@ -9,7 +9,6 @@ import pytest
 from page_server import MODEL, Gate, endless, event, refuse, stream, stream_then
 
 pytest_plugins = ("page_browser",)
-pytestmark = pytest.mark.slow
 
 
 def test_401_asks_for_the_key_which_is_sent_and_kept_for_this_tab_only(tab, page_server):

@@ -9,7 +9,6 @@ from serving_factory import Brake, Running, running, wait_for
 from aquila_pd.text.loading import load
 
 pytest_plugins = ("page_browser",)
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

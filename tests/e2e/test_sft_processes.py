@@ -21,7 +21,6 @@ from twins import assert_close
 from aquila_pd.sft.run import launch
 from aquila_pd.sft.run.launch import run_together
 
-pytestmark = pytest.mark.slow
 RANK = SUPPORT / "sft_rank.py"
 ROUNDING = 5e-6  # float32 sums in another order; losses near 4.6
 

@@ -40,7 +40,6 @@ from sft_command_factory import (
     write_rows,
 )
 
-pytestmark = pytest.mark.slow
 ROUNDING = 1e-5  # float32 sums in another order; losses near 6
 LORA = {"r": 4, "alpha": 16, "dropout": 0.1, "targets": ["q_proj", "v_proj", "down_proj"]}
 
