@@ -1,4 +1,4 @@
-"""The checks every config passes, whether it comes from a source's config.json or is built in Python.
+"""Config validation: sizes, counts and unsupported features, of a config.json or of one built in Python.
 
 Sizes and numbers only: rope_scaling is read in rope_scaling.py, and which keys a file may carry is the business of the
 families.

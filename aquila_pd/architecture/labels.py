@@ -1,3 +1,3 @@
-"""The label of a position that no loss is taken at, as every loss of the base library and of torch has it."""
+"""Labels: the index that losses ignore, in the base library and in torch."""
 
 IGNORE_INDEX = -100

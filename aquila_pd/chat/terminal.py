@@ -102,7 +102,7 @@ class Chat:
                 self.screen.note(LEAVING)
 
     def _take(self, line: str) -> bool:
-        """Do what a line asks; False when it asks to leave. Errors a person can mend are said, and the chat goes on."""
+        """Do what a line asks; False when it asks to leave. Named errors are printed, and the chat goes on."""
         try:
             if not is_text(line):
                 self.screen.note(NOT_TEXT.format(encoding=sys.stdin.encoding))

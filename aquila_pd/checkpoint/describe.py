@@ -1,4 +1,4 @@
-"""A plan in words: the lines a person reads before a conversion begins."""
+"""Description of a plan: the lines printed before a conversion begins."""
 
 from collections.abc import Mapping
 from pathlib import Path

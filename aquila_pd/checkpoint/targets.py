@@ -1,4 +1,4 @@
-"""What a conversion can make: for which framework, under which names, in which layout, with which config.json.
+"""Conversion targets: framework, architecture, tensor names, layout, and config.json of an output.
 
 A target says; plan.py plans with it and convert.py writes. Every one is made of the same table, read to the right for
 Paddle and to the left for torch.
@@ -30,7 +30,7 @@ class Target:
 
     @property
     def tag(self) -> str:
-        """For whom the files say they are; shards.header_bytes says why."""
+        """The framework in the safetensors metadata; safetensors.header_bytes has the reason."""
         return "pt" if self.framework == TORCH else "np"
 
     def name(self, weight: Weight) -> str:

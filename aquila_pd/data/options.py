@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from ..runtime import base
 from ..text.prompts import ChatPrompts
 from ..tokenizer import AquilaTokenizer
 from ..utils.errors import CheckpointError, ConfigError
@@ -104,9 +105,9 @@ def prompts_of(args: argparse.Namespace) -> ChatPrompts | None:
         if args.template is not None:
             raise ConfigError("--template needs --model: a template is written with a model's tokens.")
         return None
-    from ..text.loading import quiet, stop_ids_of  # which load Paddle
+    from ..text.loading import stop_ids_of  # which loads Paddle
 
-    quiet()
+    base.log_warnings_only()
     folder = Path(args.model)
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist. Give a model's folder or GGUF file.")

@@ -53,7 +53,7 @@ def first_block(path: Path = CPUINFO) -> str:
 
 
 def decide(cpuinfo: str, *, machine: str, chosen: str | None, paddle_loaded: bool) -> Decision:
-    """Whether MKL must be told which path to take, and which.
+    """The decision on MKL's code path: whether to set one, and which.
 
     MKL chooses by vendor string first: whatever does not call itself GenuineIntel gets the oldest kernels. So the
     question is the instruction set, asked only of processors that MKL will not ask itself.

@@ -114,7 +114,7 @@ class UvicornLog(logging.Handler):
 
 
 def serve(app: FastAPI, service: Service, bound: socket.socket, say: Callable[[str], None]) -> None:
-    """Serve until told to stop."""
+    """Serve until a signal stops it."""
     logger = logging.getLogger("uvicorn.error")
     handler = UvicornLog(service)
     logger.addHandler(handler)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from shlex import quote
 
+from ..runtime import base
 from ..utils.command import run as run_command
 from ..utils.errors import AquilaError, RecipeError, TrainingError
 from .recipe.load import Recipe, load_recipe
@@ -163,10 +164,10 @@ def _recipe_of_run(args: argparse.Namespace) -> Recipe:
 
 
 def _train(args: argparse.Namespace, recipe: Recipe) -> int:
-    from ..text.loading import quiet, use_threads
+    from ..text.loading import use_threads
     from ..utils import cores
 
-    quiet()
+    base.log_warnings_only()
     local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
     use_threads(args.threads if args.threads is not None else max(1, cores.count() // local))
     from .loop.trainer import Stopped

@@ -75,7 +75,7 @@ def load(
     TokenizerError and GenerationError for what is in it, or for options that do not fit it.
     """
     folder = Path(folder)
-    quiet()
+    base.log_warnings_only()
     check_folder(folder)
     use_threads(threads)
     tokenizer = AquilaTokenizer.from_pretrained(str(folder))
@@ -90,11 +90,6 @@ def load(
     model.eval()
     engine = Engine(model, slots=slots, max_length=max_length, prefill_chunk=prefill_chunk, prefix_reuse=prefix_reuse)
     return Loaded(folder.resolve().name, tokenizer, model, engine, prompts, stop_ids)
-
-
-def quiet() -> None:
-    """Silence the base library, which logs every file it reads; warnings and errors stay."""
-    base.log_warnings_only()
 
 
 def use_threads(threads: int | None) -> None:

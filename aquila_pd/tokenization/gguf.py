@@ -112,7 +112,7 @@ def sentencepiece_of(path: Path, read: Reading) -> tuple[Tokenizer, dict]:
 
 
 def model_of(path: Path, read: Reading) -> SentencePieceModel:
-    """The SentencePiece model in a file's metadata, which repeats what its tokenizer.model said."""
+    """The SentencePiece model in a file's metadata, which repeats its tokenizer.model."""
     pieces = read("tokenizer.ggml.tokens", [])
     scores, types = read("tokenizer.ggml.scores", []), read("tokenizer.ggml.token_type", [])
     findings = [] if pieces else ["tokenizer.ggml.tokens is missing or empty"]

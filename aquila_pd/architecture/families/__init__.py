@@ -1,4 +1,4 @@
-"""The families of models the converter reads, one module each: a module with a FAMILY is a family."""
+"""Model families that the converter reads, one module each: a module with a FAMILY is found by itself."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""What a family is: how its config.json is recognised, read strictly, and said in Paddle's words."""
+"""Family: how a config.json is recognised, read strictly, and written as Paddle's."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

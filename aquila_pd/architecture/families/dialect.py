@@ -1,4 +1,4 @@
-"""How a checkpoint spells names and lays out the rows of q and k, beside Hugging Face's way."""
+"""Dialect: tensor names and row order of q and k in checkpoints that differ from Hugging Face's."""
 
 import re
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class Dialect:
         return name
 
     def heads_of(self, hf_name: str) -> str | None:
-        """Whose heads the interleaved rows of this tensor belong to, "q" or "kv"; None when rows are in order."""
+        """Heads that the interleaved rows of this tensor belong to, "q" or "kv"; None when rows are in order."""
         return next((heads for pattern, heads in self._interleaved_patterns if pattern.fullmatch(hf_name)), None)
 
 

@@ -218,7 +218,7 @@ class _Folder:
 
 
 def _packing(folder: Path) -> dict:
-    """What is said of the packing, in the words of config.json or of an older file beside it."""
+    """Packing settings, from config.json or an older file beside it."""
     older = {"w_bit": "bits", "q_group_size": "group_size"}
     for file in [folder / name for name in PACKING_FILES if (folder / name).is_file()]:
         said = read_json(file)

@@ -36,7 +36,7 @@ LISTED = 12  # places named in a message
 
 @dataclass
 class Proof:
-    """What a run found. how: who read torch's weights; logits: of ours, control and (when rounded) stored.
+    """Result of a run. how: the reader of torch's weights; logits: of ours, control and (when rounded) stored.
 
     anew: what to say of weights that were worked out a second time.
     """

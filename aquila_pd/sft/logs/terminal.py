@@ -40,7 +40,7 @@ class Lines:
 
 
 class Bar:
-    """Two lines that stay at the bottom; what is said goes above them.
+    """Two lines that stay at the bottom; other lines scroll above them.
 
     chat ━━━━━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━  240/400  loss 1.2345  3 min 5 s left
       lr 8.10e-06  grad 0.840  1,234 tok/s each  pad 0.4%  MFU 41%  GPU 61.2 GiB
@@ -70,7 +70,7 @@ class Bar:
 
 
 def is_due(reported: Reported, every: int) -> bool:
-    """Whether people are told of this step."""
+    """Whether this step gets a line."""
     record = reported.record
     return record.step % every == 0 or record.step in (1, record.steps)
 

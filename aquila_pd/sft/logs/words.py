@@ -10,7 +10,7 @@ MEMORY = {"resident": "RAM", "peak": "GPU"}
 
 
 def step_words(reported: Reported) -> list[str]:
-    """What is said about a step beside its number and loss, the important first: lr, gradient, speed, and so on."""
+    """Details of a step beside its number and loss, the important first: lr, gradient, speed, and so on."""
     record = reported.record
     words = [
         f"lr {record.lr:.2e}",

@@ -185,7 +185,7 @@ class Checkpoints:
         return _opened(folder, step)
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole; damaged newer ones are said and put aside under another name.
+        """The newest intact checkpoint; damaged newer ones are reported and renamed.
 
         Raises TrainingError when there are checkpoints and none of them is whole, and leaves them where they are:
         starting anew would be a silent loss, now or when it is tried once more.
@@ -225,7 +225,7 @@ def _opened(folder: Path, step: int) -> Checkpoint:
 
 
 def damage(folder: Path, only: str = "") -> list[str]:
-    """What is wrong with a checkpoint, by the size and the hash of every file whose name begins with `only`."""
+    """Damage of a checkpoint, by the size and the hash of every file whose name begins with `only`."""
     if not (folder / MANIFEST).is_file():
         return [f"{MANIFEST} is not there: it was never finished"]
     try:

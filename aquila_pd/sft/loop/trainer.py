@@ -314,7 +314,7 @@ class StageTrainer(Trainer):
         """There is none: draws are seeded by step."""
 
     def log(self, logs: dict, **kwargs) -> None:
-        """The reporter has said everything."""
+        """Nothing: the reporter logs."""
 
 
 class _BeforeUpdate(TrainerCallback):
@@ -362,7 +362,7 @@ def load_trained(model, checkpoint: Checkpoint) -> None:
 
 
 def arguments(stage: Stage, folder: Path, *, steps: int, seed: int, accumulation: int, half: bool) -> TrainingArguments:
-    """What PaddleNLP's Trainer is told. half: compute in bfloat16 (with float32 master weights and gradients)."""
+    """TrainingArguments of a stage. half: compute in bfloat16 (with float32 master weights and gradients)."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

@@ -33,7 +33,7 @@ def ranks() -> int:
 
 
 def asks() -> list[signal.Signals]:
-    """The signals by which this process can be asked to stop: not those it was told to ignore, as by nohup."""
+    """The signals by which this process can be asked to stop: not those it ignores, as under nohup."""
     return [number for number in ASKS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
@@ -90,7 +90,7 @@ _C = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a pr
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent is gone: alone, ranks would go on behind everybody's back."""
+    """Ask the kernel for SIGTERM when the parent is gone: alone, ranks would go on unnoticed."""
     if _C is not None:
         _C.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 

@@ -134,7 +134,7 @@ class Manifest:
         return load_values(kept["values"], text=kept["text"], overrides=kept["overrides"], written=kept["written"])
 
     def resume(self, recipe: "Recipe", *, model: Mapping, environment: Mapping, record: bool = True) -> list[str]:
-        """Go on with a recipe, which may be the old one; what is different from before, in lines to be said.
+        """Go on with a recipe, which may be the old one; returns the differences as lines.
 
         record: false for a look alone, after which the manifest is what it was.
 

@@ -51,7 +51,7 @@ def alone(folder: Path) -> Iterator[int]:
 
 
 def open_manifest(recipe: Recipe, run: RunFolder, *, devices: int) -> Manifest:
-    """The run's manifest: of a run that begins, or of one that goes on, with what is different said.
+    """The run's manifest: of a new run, or of one that goes on, whose differences are printed.
 
     Raises RecipeError when it would be another run.
     """

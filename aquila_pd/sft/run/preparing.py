@@ -8,7 +8,8 @@ from ...data.counters import Counters
 from ...data.packing import Plan, plan_epoch
 from ...data.prepare import HELD_OUT, TRAIN, Progress, prepare
 from ...data.samples import Samples
-from ...text.loading import check_folder, quiet, stop_ids_of
+from ...runtime import base
+from ...text.loading import check_folder, stop_ids_of
 from ...text.prompts import ChatPrompts
 from ...tokenizer import AquilaTokenizer
 from ...utils.errors import CheckpointError, ConfigError, DataError
@@ -22,7 +23,7 @@ from .folder import RunFolder
 def prompts_of(recipe: Recipe, stage: Stage) -> ChatPrompts:
     """How the conversations of a stage are written. Raises CheckpointError, ConfigError, TokenizerError."""
     folder = Path(recipe.model)
-    quiet()
+    base.log_warnings_only()
     check_folder(folder)
     tokenizer = AquilaTokenizer.from_pretrained(str(folder))
     if stage.template is None and tokenizer.chat_template is None:

@@ -16,7 +16,7 @@ WAITING = "waiting"  # the state of a stage that has not begun
 
 @dataclass
 class Differences:
-    """What is different from the run so far: lines for what may be (`said`), and for what may not (`refused`)."""
+    """Differences from the run so far: lines for those allowed (`said`), and for those not (`refused`)."""
 
     said: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
