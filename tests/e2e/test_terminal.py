@@ -24,6 +24,7 @@ from aquila_pd.text.loading import load
 from aquila_pd.utils.console import visible
 from aquila_pd.utils.errors import ChatError, OutputError
 
+PATIENCE = 600  # seconds until a process that hangs is given up; a busy machine takes minutes to start one
 OPTIONS = ["--threads", "1", "--seed", "3", "--max-new-tokens", "12"]
 
 
@@ -237,7 +238,7 @@ def test_a_closed_pipe_ends_the_program_quietly(folder):
     done.stdout.close()
     done.stdin.write("Hello\n")
     done.stdin.close()
-    assert done.wait(120) == 141
+    assert done.wait(600) == 141
     with done.stderr:
         assert "Traceback" not in done.stderr.read()
 
@@ -332,7 +333,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.master, keys.encode())
 
-    def wait_for(self, pattern: str, *, seconds: float = 120) -> str:
+    def wait_for(self, pattern: str, *, seconds: float = PATIENCE) -> str:
         """What was shown until the pattern appeared, which is taken away."""
         end = time.monotonic() + seconds
         while True:
@@ -358,7 +359,7 @@ class Terminal:
             return self.wait_for(pattern)
 
     def close(self) -> int:
-        status = self.process.wait(120)
+        status = self.process.wait(PATIENCE)
         os.close(self.master)
         return status
 

@@ -21,7 +21,7 @@ from aquila_pd.serving.server import Server, listen
 from aquila_pd.serving.service import Service
 from aquila_pd.serving.settings import Settings
 
-PATIENCE = 120.0  # seconds until what a test waits for is given up; a busy machine takes long for little
+PATIENCE = 600.0  # seconds until what a test waits for is given up; a busy machine takes minutes for little
 START = (
     "import sys; sys.path[:0] = {paths!r}; from fake_engine import fake_model; import aquila_pd.text.loading as l;"
     " l.load = lambda folder, **options: fake_model(folder, slots=options['slots'], max_length=100_000);"
