@@ -188,7 +188,7 @@ def test_the_order_of_filters_is_the_standard_one_unless_asked(pair, params_seen
     upstream = predict(model, "Hello", tokenizer, order="aquila", **sampled)
     assert [p.order for p in params_seen] == ["standard", "aquila"]
     assert standard != upstream
-    with pytest.raises(GenerationError, match="order is 'other'"):
+    with pytest.raises(GenerationError, match="order: it is 'other'"):
         predict(model, "Hello", tokenizer, order="other")
 
 
