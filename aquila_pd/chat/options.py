@@ -3,10 +3,11 @@
 import argparse
 
 from ..generation import Engine, SamplingParams
+from ..generation.sampling_params import described
 from ..text.engine_options import add_engine, engine_of
 
 MAX_NEW_TOKENS = 512
-SAMPLING = dict(temperature=1.0, top_k=15, top_p=0.9)  # BAAI's own
+SAMPLING = dict(top_k=15, top_p=0.9)  # BAAI's own defaults, where they differ from SamplingParams'
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -28,19 +29,13 @@ def loading_of(args: argparse.Namespace) -> dict:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Sampling options."""
-    parser.add_argument(
-        "--temperature", type=float, default=SAMPLING["temperature"], help="0 takes the likeliest token (default: 1)"
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=SAMPLING["top_k"], help="of so many likeliest tokens; 0: of all (default: 15)"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=SAMPLING["top_p"],
-        help="of the likeliest tokens with this share of the probability; 1: of all (default: 0.9)",
-    )
+    """An option for each described field of SamplingParams, and --max-new-tokens."""
+    for name, (kind, description) in described().items():
+        option, default = f"--{name.replace('_', '-')}", SAMPLING.get(name, getattr(SamplingParams, name))
+        metavar = "N" if kind is int else "X"
+        parser.add_argument(
+            option, type=kind, metavar=metavar, default=default, help=f"{description} (default: {default:g})"
+        )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -51,7 +46,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def sampling_of(args: argparse.Namespace, **more) -> SamplingParams:
     """SamplingParams of the options, and more. Raises GenerationError."""
-    asked = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    asked = {name: getattr(args, name) for name in (*described(), "seed")}
     if args.max_new_tokens is not None:
         asked["max_new_tokens"] = args.max_new_tokens
     return SamplingParams(**{**asked, **more})

@@ -1,8 +1,9 @@
 """SamplingParams: how the next token is chosen and when a sequence ends. No framework."""
 
 from collections.abc import Iterable
-from dataclasses import field
-from typing import Annotated
+from dataclasses import field, fields
+from functools import cache
+from typing import Annotated, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -24,18 +25,13 @@ def _collected(ids: object) -> object:
 
 @settings(GenerationError, "These sampling parameters have no meaning:", "Correct them.", kw_only=True)
 class SamplingParams:
-    """How one request is continued.
+    """How one request is continued. A number with a description is a command-line option too.
 
     Args:
         prompt_logprobs: logprobs, also for the tokens of the prompt, each given those before it.
         max_new_tokens: at most this many; 0 only with prompt_logprobs, to score a text.
         min_new_tokens: no stop id is drawn before this many.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: keep the k likeliest tokens (ties with the last one too); 0 keeps all.
-        top_p: keep the likeliest tokens until they hold this share of the probability; 1 keeps all.
-        min_p: keep tokens at least this many times as likely as the likeliest; 0 keeps all.
-        repetition_penalty: positive logits of tokens seen before (prompt too) are divided by it, negative multiplied.
-        presence_penalty, frequency_penalty: taken off the logits of generated tokens, once and for each occurrence.
+        top_k: of tokens as likely as the last of the k, all are kept.
         logit_bias: token id -> what is added to its logit.
         stop_ids: a collection; drawing one of them ends the sequence, it is the last of its tokens.
         seed: 0 to 2**64 - 1; the same seed gives the same tokens whatever else runs. None: from the system.
@@ -52,13 +48,15 @@ class SamplingParams:
     prompt_logprobs: flag() = False  # first: max_new_tokens is judged by it
     max_new_tokens: whole(ge=0) = 256
     min_new_tokens: whole(ge=0) = 0
-    temperature: number(ge=0, le=LARGEST) = 1.0
-    top_k: whole(ge=0) = 0
-    top_p: number(ge=1e-9, le=1) = 1.0
-    min_p: number(ge=0, le=1) = 0.0
-    repetition_penalty: number(ge=1e-9, le=LARGEST) = 1.0
-    presence_penalty: number(ge=-LARGEST, le=LARGEST) = 0.0
-    frequency_penalty: number(ge=-LARGEST, le=LARGEST) = 0.0
+    temperature: number("logits are divided by it; 0 takes the likeliest token", ge=0, le=LARGEST) = 1.0
+    top_k: whole("keep the k likeliest tokens; 0 keeps all", ge=0) = 0
+    top_p: number("keep the likeliest tokens that hold this share of the probability; 1 keeps all", ge=1e-9, le=1) = 1.0
+    min_p: number("keep tokens at least this many times as likely as the likeliest; 0 keeps all", ge=0, le=1) = 0.0
+    repetition_penalty: number(
+        "divides positive and multiplies negative logits of tokens seen before, the prompt's too", ge=1e-9, le=LARGEST
+    ) = 1.0
+    presence_penalty: number("taken off the logits of generated tokens", ge=-LARGEST, le=LARGEST) = 0.0
+    frequency_penalty: number("taken off the logits of generated tokens per occurrence", ge=-LARGEST, le=LARGEST) = 0.0
     logit_bias: dict[TOKEN, BIAS] = field(default_factory=dict, hash=False)
     stop_ids: Annotated[tuple[TOKEN, ...], Field(strict=True), BeforeValidator(_collected)] = ()
     seed: whole(ge=0, le=MAX_SEED) | None = None
@@ -85,3 +83,11 @@ class SamplingParams:
         """Whether logits are changed before a token is chosen from them."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
         return penalties or bool(self.logit_bias) or self.min_new_tokens > 0
+
+
+@cache
+def described() -> dict[str, tuple[type, str]]:
+    """Numbers with a description, for options and requests: name -> (int or float, description)."""
+    known = SamplingParams.__pydantic_fields__
+    named = {field.name: (get_args(field.type), known[field.name].description) for field in fields(SamplingParams)}
+    return {name: (types[0], description) for name, (types, description) in named.items() if description}

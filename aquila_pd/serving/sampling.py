@@ -1,6 +1,7 @@
 """Map request parameters to SamplingParams, checked against the vocabulary and the context length."""
 
 from ..generation import SamplingParams
+from ..generation.sampling_params import described
 from ..utils.errors import GenerationError
 from .errors import context_length, invalid
 from .protocol import Asked
@@ -23,26 +24,26 @@ def sampling_params(
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             min_new_tokens=asked.min_tokens or 0,
-            temperature=_or(asked.temperature, 1.0),
-            top_k=max(asked.top_k or 0, 0),
-            top_p=max(_or(asked.top_p, 1.0), 1e-9),  # 0 leaves the likeliest token, as a very small share does
-            min_p=asked.min_p or 0.0,
-            repetition_penalty=_or(asked.repetition_penalty, 1.0),
-            presence_penalty=asked.presence_penalty or 0.0,
-            frequency_penalty=asked.frequency_penalty or 0.0,
             logit_bias=biases(asked.logit_bias or {}, vocab_size),
             stop_ids=(*stop_ids, *(asked.stop_token_ids or ())),
             seed=None if asked.seed is None else asked.seed % 2**64,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             n=asked.n or 1,
+            **_under_their_own_names(asked),
         )
     except GenerationError as error:
         raise invalid(str(error)) from error
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _under_their_own_names(asked: Asked) -> dict[str, float]:
+    """The numbers that are called the same in a request; null is as good as left out."""
+    found = {name: value for name in described() if (value := getattr(asked, name)) is not None}
+    if "top_k" in found:
+        found["top_k"] = max(found["top_k"], 0)  # -1 keeps all, as in vLLM
+    if "top_p" in found:
+        found["top_p"] = max(found["top_p"], 1e-9)  # 0 leaves the likeliest token, as a very small share does
+    return found
 
 
 def biases(asked: dict[str, float], vocab_size: int) -> dict[int, float]:

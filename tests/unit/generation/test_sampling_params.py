@@ -238,3 +238,41 @@ def test_whatever_is_given_there_are_parameters_or_a_named_error(fields):
         assert any(name in str(refused) for name in fields)
     else:
         assert params.max_new_tokens >= 1 and params.n >= 1 and params.temperature >= 0 and 0 < params.top_p <= 1
+
+
+# ------------------------------------------------------------------------------ one place for a sampling parameter
+
+
+def test_a_described_field_is_an_option_and_a_key_of_requests():
+    """A new parameter is a field, its use in the sampler and a key of the protocol; nothing else lists it."""
+    import argparse
+
+    from aquila_pd.chat.options import add_sampling, sampling_of
+    from aquila_pd.generation.sampling_params import described
+    from aquila_pd.serving.protocol import Asked
+
+    assert {"temperature", "top_k", "min_p", "repetition_penalty"} <= set(described()) <= set(Asked.model_fields)
+    parser = argparse.ArgumentParser()
+    add_sampling(parser)
+    parser.add_argument("--seed", type=int)
+    given_values = {name: kind(1) for name, (kind, _) in described().items()}
+    words = [word for name, value in given_values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    params = sampling_of(parser.parse_args(words))
+    assert {name: getattr(params, name) for name in given_values} == given_values
+    plain = sampling_of(parser.parse_args([]))
+    assert (plain.temperature, plain.top_k, plain.top_p, plain.min_p) == (1.0, 15, 0.9, 0.0), "BAAI's own"
+
+
+def test_numbers_of_a_request_reach_the_engine_under_their_own_names():
+    from aquila_pd.generation.sampling_params import described
+    from aquila_pd.serving.protocol import Asked
+    from aquila_pd.serving.sampling import sampling_params
+
+    def made(**asked):
+        more = dict(stop_ids=(), max_new_tokens=5, vocab_size=10, logprobs=None)
+        return sampling_params(Asked.model_validate(asked), **more)
+
+    values = {name: kind(1) for name, (kind, _) in described().items()}
+    assert {name: getattr(made(**values), name) for name in values} == values
+    assert made(**dict.fromkeys(values)) == made(), "null is as good as left out"
+    assert (made(top_k=-1).top_k, made(top_p=0).top_p) == (0, 1e-9)
