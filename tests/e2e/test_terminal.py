@@ -213,7 +213,7 @@ def test_a_message_too_long_is_said_and_the_chat_goes_on(chat, says, tokenizer):
 def test_parameters_without_meaning_are_said_before_anything_is_loaded(chat, monkeypatch):
     monkeypatch.setattr(terminal, "load", lambda *args, **options: pytest.fail("loaded"))
     status, _, err = chat("", "--temperature", "-1", "--top-p", "7")
-    assert status == 1 and "temperature is -1" in err and "top_p is 7" in err
+    assert status == 1 and "temperature: it is -1" in err and "top_p: it is 7" in err
 
 
 def test_old_turns_that_do_not_fit_are_left_out_and_counted(chat, tmp_path):

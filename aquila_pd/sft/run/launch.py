@@ -96,19 +96,20 @@ def _end_with_parent() -> None:
 
 
 def _wait(started: list[subprocess.Popen], logs: Path, told: Sequence[int]) -> int:
+    """Wait for all ranks, or end the others when some fail; the exit status. told: signals passed on to them."""
     running = dict(enumerate(started))
     while running:
-        for number, process in list(running.items()):
-            status = process.poll()
-            if status is None:
-                continue
-            del running[number]
-            if status and running:
-                _end(running)
-            if status and number and not told:
-                print(f"Rank {number} failed; what it said is in {logs / f'rank-{number}.log'}.", file=sys.stderr)
-            if status:
-                return status if status > 0 else 128 - status
+        ended = {number: status for number, one in running.items() if (status := one.poll()) is not None}
+        running = {number: one for number, one in running.items() if number not in ended}
+        failed = {number: status for number, status in ended.items() if status}
+        if failed:
+            _end(running)
+            for number in failed if not told else ():
+                if number:  # rank 0 writes to this terminal itself
+                    print(f"Rank {number} failed; what it said is in {logs / f'rank-{number}.log'}.", file=sys.stderr)
+            # Of several at once, the one that a signal has ended (a negative status) is why the others failed.
+            status = min(failed.values())
+            return status if status > 0 else 128 - status
         time.sleep(0.1)
     return 0
 
