@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from effort import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sft_rows_factory import said
@@ -70,7 +71,7 @@ def test_words_are_joined_for_people():
     assert joined(["a", "b", "你", "好", "c"]) == "a b 你好 c"
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=tries(50, 100), deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=60), st.integers(1, 20))
 def test_equal_runs_have_equal_numbers_and_others_have_not(numbers, length):
     found = runs(np.array(numbers, dtype=np.uint64), length)

@@ -4,6 +4,7 @@ import json
 from functools import cache
 
 import pytest
+from effort import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sft_rows_factory import said
@@ -114,7 +115,7 @@ def test_megabytes_of_text_are_not_all_looked_at():
     assert len(sample(said("x " * 2_000_000, "`" * 1_000_000))) < 2_000
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=tries(66, 200), deadline=None, derandomize=True)
 @given(st.text(st.characters(), max_size=60))
 def test_every_text_is_judged(text):
     known = _english_and_chinese()

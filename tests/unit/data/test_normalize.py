@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from effort import tries
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +140,7 @@ hostile = st.lists(st.builds(Turn, st.sampled_from([S, U, A, A, U, "tool?"]), te
 turns_of_known_roles = hostile.map(lambda turns: [turn for turn in turns if turn.role != "tool?"])
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=tries(200, 600), deadline=None, derandomize=True)
 @given(hostile, st.booleans())
 @example([Turn(A, PROMPT), Turn(S, "s"), Turn(U, "q"), Turn(A, "r")], True)
 @example([Turn(U, "q"), Turn(A, "r\r\x00\n")], False)
@@ -164,7 +165,7 @@ def check_writable(messages: list[dict], knows_system: bool) -> None:
         message["content"].encode("utf-8")
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=tries(200, 600), deadline=None, derandomize=True)
 @given(hostile, st.booleans())
 def test_normalizing_again_changes_and_counts_nothing(turns, knows_system):
     messages = normalize(turns, knows_system=knows_system, counters=Counters())
@@ -175,7 +176,7 @@ def test_normalizing_again_changes_and_counts_nothing(turns, knows_system):
     assert list(counters) == []
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=tries(133, 400), deadline=None, derandomize=True)
 @given(turns_of_known_roles)
 def test_no_word_of_a_kept_turn_is_lost(turns):
     """Of alternating turns that end in an answer, every visible character comes out again, in order."""
@@ -191,7 +192,7 @@ def test_no_word_of_a_kept_turn_is_lost(turns):
         assert visible([turn.text for turn in turns]) == visible([message["content"] for message in messages])
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=tries(100, 300), deadline=None, derandomize=True)
 @given(turns_of_known_roles)
 def test_a_template_without_system_is_told_the_same_words(turns):
     """With and without: the texts joined by blank lines are the same text, which held-out rows rely on."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from effort import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sft_rows_factory import chat, write_lines
@@ -171,7 +172,7 @@ def test_control_without_bad_rows_nothing_stops(tmp_path):
 # ------------------------------------------------------------------------------------------------- arrays in pieces
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=tries(50, 150), deadline=None, derandomize=True)
 @given(
     st.lists(
         st.dictionaries(st.text(max_size=5), st.text(max_size=20) | st.integers() | st.lists(st.none(), max_size=3)),

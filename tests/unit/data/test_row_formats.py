@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from effort import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sft_rows_factory import chat
@@ -165,7 +166,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=tries(83, 250), deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(sorted(KEYS)), anything, max_size=6), st.sampled_from(["auto", *NEEDED]))
 def test_whatever_stands_in_a_row_it_is_turns_or_a_bad_row(value, format):
     try:

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from effort import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -229,7 +230,7 @@ ANYTHING = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=tries(66, 200), deadline=None, derandomize=True, database=None)
 @given(fields=st.dictionaries(st.sampled_from([*WRONG]), ANYTHING, max_size=6))
 def test_whatever_is_given_there_are_parameters_or_a_named_error(fields):
     try:

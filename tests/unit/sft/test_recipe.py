@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from effort import tries
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paths import ROOT
@@ -391,7 +392,7 @@ VALUES = st.recursive(
         ["", "stages.0.optim.lr=1", "stages.*.data={}", "defaults.lora.r=2", "seed=[1", "model.x=1"]
     ),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=tries(50, 150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_a_recipe_holds_it_is_a_recipe_or_an_error_in_words(tmp_path, top, defaults, stages, override):
     path = tmp_path / "recipe.yaml"
     path.write_text(

@@ -7,6 +7,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from effort import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
@@ -259,7 +260,7 @@ def scaffold_of(template, messages) -> list[str]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=tries(50, 150), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_words_become_no_special_token(aquila, name, data):
     template = TEMPLATES[name]
@@ -273,7 +274,7 @@ def test_words_become_no_special_token(aquila, name, data):
 
 
 @pytest.mark.parametrize("name", HEADERS)
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=tries(100, 300), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_words_make_no_turn(name, data):
     template = TEMPLATES[name]
@@ -553,7 +554,7 @@ def test_a_foreign_template_is_used_as_it_is_and_its_contents_are_known(aquila):
     assert tokenizer.encode_pieces(pieces) == aquila(text)["input_ids"]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=tries(50, 100), deadline=None, derandomize=True)
 @given(said=st.lists(words, min_size=1, max_size=4))
 def test_words_in_a_foreign_template_become_no_special_token(aquila, said):
     tokenizer = with_template(aquila, FOREIGN)
