@@ -29,7 +29,7 @@ from .runtime.base import (
 from .tokenization.backend import is_byte_level
 from .tokenization.chat_mixin import ChatMixin
 from .tokenization.config import content_of, named_in, read_config, special_names
-from .tokenization.load import build_bpe, load_backend, require_tokenizer
+from .tokenization.load import open_backend, require_tokenizer
 from .tokenization.save import write_files
 from .tokenization.segments import PieceEncoder
 from .utils.errors import InstallationError, TokenizerError, only_in_the_package
@@ -446,29 +446,6 @@ def fast_ids_class() -> type | None:
     except InstallationError:
         return None
     return FastIds
-
-
-def open_backend(
-    vocab_file: str | None,
-    merges_file: str | None,
-    tokenizer_file: str | None,
-    sentencepiece_file: str | None,
-    *,
-    config: dict,
-) -> Tokenizer:
-    """The backend behind the files PaddleNLP found."""
-    if tokenizer_file:
-        return load_backend(Path(tokenizer_file).parent)
-    if vocab_file and merges_file:
-        return build_bpe(Path(vocab_file), Path(merges_file), config=config)
-    if sentencepiece_file:
-        with only_in_the_package("A folder with tokenizer.model and without tokenizer.json"):
-            from .tokenization.sentencepiece import build_sentencepiece
-        return build_sentencepiece(Path(sentencepiece_file), config=config)
-    raise TokenizerError(
-        f"AquilaTokenizer was given vocab_file={vocab_file!r} and merges_file={merges_file!r}.\n"
-        "It needs both of them, or tokenizer_file, or sentencepiece_file, or tokenizer_object."
-    )
 
 
 def as_lists(rows: list) -> list[list[int]]:

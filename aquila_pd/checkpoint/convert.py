@@ -70,18 +70,9 @@ def convert(
         warnings = [*plan.warnings, *_prepare_tokenizer(opened, plan, Path(prepared))]
         summary = Summary(plan, output, workers, warnings=warnings)
         say("\n".join([describe(plan, output), *_as_lines(warnings)]))
-        transaction = Transaction(
-            source=opened,
-            plan=plan,
-            output=output,
-            tokenizer=Path(prepared),
-            protected=[opened.path],
-            changed=_changed(opened),
-            workers=workers,
-            overwrite=overwrite,
-            fsync=fsync,
-            say=say,
-        )
+        originals = dict(protected=[opened.path], changed=_changed(opened))
+        how = dict(workers=workers, overwrite=overwrite, fsync=fsync, say=say)
+        transaction = Transaction(opened, plan, output, Path(prepared), **originals, **how)
         if dry_run:
             say("\n".join([describe_shards(plan), estimate(plan, workers=workers)]))
         else:

@@ -18,6 +18,7 @@ CONFIG_JSON = "tokenizer_config.json"
 SPECIAL_MAP_JSON = "special_tokens_map.json"
 ADDED_TOKENS_JSON = "added_tokens.json"
 SENTENCEPIECE = "tokenizer.model"
+SENTENCEPIECE_ALONE = f"A folder with {SENTENCEPIECE} and without {TOKENIZER_JSON}"  # as errors name it
 CHAT_TEMPLATE_JINJA = "chat_template.jinja"
 CHAT_TEMPLATE_JSON = "chat_template.json"
 
@@ -79,7 +80,7 @@ def read_config(folder: Path) -> dict:
         config["chat_template"] = template
     check_config(config, folder)
     if rests_on_sentencepiece(folder):
-        with only_in_the_package("A folder with tokenizer.model and without tokenizer.json"):
+        with only_in_the_package(SENTENCEPIECE_ALONE):
             from ..formats.sentencepiece import read_model
         config.update(read_model(folder / SENTENCEPIECE).names | named_in(config))
     return config

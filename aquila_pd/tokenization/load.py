@@ -27,6 +27,7 @@ from .config import (
     AQUILA_SPECIALS,
     MERGES_TXT,
     SENTENCEPIECE,
+    SENTENCEPIECE_ALONE,
     TOKENIZER_JSON,
     VOCAB_JSON,
     added_tokens_of,
@@ -73,12 +74,37 @@ def load_backend(folder: Path, *, pre_tokenizer: str | None = None) -> Tokenizer
     require_tokenizer(folder)
     config = read_config(folder)
     if rests_on_sentencepiece(folder):
-        with only_in_the_package("A folder with tokenizer.model and without tokenizer.json"):
-            from .sentencepiece import build_sentencepiece
-        return build_sentencepiece(folder / SENTENCEPIECE, config=config)
+        return _sentencepiece_backend(folder / SENTENCEPIECE, config)
     if pre_tokenizer is not None:
         config["pre_tokenizer"] = pre_tokenizer
     return build_bpe(folder / VOCAB_JSON, folder / MERGES_TXT, config=config)
+
+
+def _sentencepiece_backend(file: Path, config: dict) -> Tokenizer:
+    with only_in_the_package(SENTENCEPIECE_ALONE):
+        from .sentencepiece import build_sentencepiece
+    return build_sentencepiece(file, config=config)
+
+
+def open_backend(
+    vocab_file: str | None,
+    merges_file: str | None,
+    tokenizer_file: str | None,
+    sentencepiece_file: str | None,
+    *,
+    config: dict,
+) -> Tokenizer:
+    """The backend behind the files PaddleNLP found."""
+    if tokenizer_file:
+        return load_backend(Path(tokenizer_file).parent)
+    if vocab_file and merges_file:
+        return build_bpe(Path(vocab_file), Path(merges_file), config=config)
+    if sentencepiece_file:
+        return _sentencepiece_backend(Path(sentencepiece_file), config)
+    raise TokenizerError(
+        f"AquilaTokenizer was given vocab_file={vocab_file!r} and merges_file={merges_file!r}.\n"
+        "It needs both of them, or tokenizer_file, or sentencepiece_file, or tokenizer_object."
+    )
 
 
 def require_tokenizer(folder: Path) -> None:
